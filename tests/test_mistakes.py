@@ -54,6 +54,7 @@ TRAIN = {
     "a random model of another kind": ("model.architecture.family=phi3", "a random model is one of llama, gpt2"),
     "a random model that is spread": ("model.device_map=auto", "a random model has no files to load; use null"),
     "a task's code that is none": ("task.kind=gsm9k", "task.kind=gsm9k: no such task; choose one of dialogsum"),
+    "a stemmer of no kind": ("task=dialogsum task.options.use_stemmer=yes", "use_stemmer=yes: choose true or false"),
     "a field that is none": ("'task.prompt=\"{q}\"'", "the template needs the field 'q', which is missing"),
     "targets of one row shuffled": ("task.shuffle_targets=true task.rows.train=1", "needs two training rows or more"),
     "a target of choices": ("task=hellaswag task.target=x", "task.target"),

@@ -90,7 +90,6 @@ def test_outputs_and_gradients_equal_the_literal_update(family, name, ids):
 @pytest.mark.parametrize("target", ["q", "k", "v"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_part_reaches_what_attention_takes_as_that_part(family, target, ids, monkeypatch):
-    """As attention sees it: if only q is adapted, only the queries of the first layer change there."""
     seen: list[dict[str, torch.Tensor]] = []
     attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
 

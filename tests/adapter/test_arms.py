@@ -224,7 +224,6 @@ def test_a_damaged_folder_is_refused(tmp_path):
 
 @pytest.mark.parametrize("words", ["tying.arguments={r: 4}", "tying.arguments.r=4", "++tying.arguments.r=4"])
 def test_arguments_are_set_on_the_command_line(words):
-    """Also for `tying=peft`, whose option has none: OmegaConf cannot set a key of a mapping that is null."""
     hra = ("tying=peft", "tying.method=HRAConfig")
     plain, factors = composed([*hra, words]), composed([*hra, words, "tying.lr_factors={hra_u: 2.0}"])
     assert plain.tying.resolved["r"] == 4
@@ -238,7 +237,6 @@ def test_arguments_are_set_on_the_command_line(words):
 
 
 def test_a_run_that_fails_leaves_no_base_for_the_next(tiny_config, finish, monkeypatch):
-    """A cell of a sweep shares its base with the next one, unless it failed."""
     alone = finish(tiny_config("tying=TAB"))
     monkeypatch.setattr(trainer, "_BASE", SingleSlotCache())
     with monkeypatch.context() as patch:

@@ -30,7 +30,6 @@ def encoder(*overrides: str, context: int = 512, template: str | None = None) ->
 
 
 def test_the_rules_of_a_folders_tokenizer_are_known_by_their_content(tmp_path):
-    """They may be in files that the model's digest does not cover."""
     found = []
     for number, end in enumerate(("<|end|>", "a", "a")):
         tiny("tiny_llama").tokenizer.save_pretrained(tmp_path / str(number))
@@ -116,6 +115,8 @@ def test_with_a_chat_template_the_assistants_turn_is_the_target():
     # The assistant's turn starts without a blank, and ends with the end-of-text token.
     assert encoded.target == (*tokenizer("Thanks.").input_ids, tokenizer.eos_token_id)
     assert encoder().continuation(" Thanks.") == tuple(tokenizer(" Thanks.").input_ids)
+    dated = encoder("task.chat_template=true", template="{{ strftime_now('%d %b %Y') }}" + CHAT)
+    assert tokenizer.decode(dated.prompt("a")).startswith("26 Jul 2024<|im_start|>user"), "the same on every day"
 
 
 def test_an_empty_prompt_is_refused():

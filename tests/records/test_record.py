@@ -74,7 +74,6 @@ def test_another_meaning_is_another_run(change):
 
 
 def test_a_new_neutral_key_changes_no_id_and_a_changed_default_does():
-    """With the functions that make ids: the schema gets a new key, and then another default."""
     config = configuration.compose_config([])
 
     def with_field(name, default, value, neutral=True):

@@ -138,6 +138,13 @@ def test_a_training_row_among_the_validation_rows_stops_before_anything_is_writt
     assert not (tmp_path / "outputs").exists()
 
 
+def test_a_row_that_cannot_be_scored_stops_before_the_training(tiny_config):
+    config = tiny_config("task.max_prompt_tokens=90")
+    with pytest.raises(UserError, match=r"cannot be shortened to .* raise task\.max_prompt_tokens"):
+        run.main(config)
+    assert not folder_of(config).metrics_file.exists()
+
+
 def test_a_run_is_not_scored_with_another_chat_template(tiny_config, tmp_path, monkeypatch):
     base = tiny("tiny_llama")
     base.tokenizer.chat_template = "U:{{ messages[0]['content'] }}A:"

@@ -199,7 +199,6 @@ def test_an_option_that_changes_other_sections_is_composed_as_a_whole(tmp_path):
 
 
 def test_layers_depend_on_the_model_of_their_cell_only():
-    """Every layer by number means null, and a model has its own number of layers: 3 here, then 30."""
     tyings = (["tying.layers=[2,0-1]"], ["tying.layers=[0-29]"], ["tying=TABuv_v0", "tying.u.init=0"])
     with composer() as fast:
         for model in (["model=tiny_llama"], []):

@@ -105,7 +105,6 @@ def test_a_killed_worker_costs_its_cell_one_retry(frozen, monkeypatch, caplog):
 
 
 def test_a_failure_that_cannot_be_written_ends_the_sweep(tiny_config, tmp_path, monkeypatch):
-    """As on a full disk. Otherwise the cell would look stopped, and start again and again."""
     monkeypatch.setattr(run, "main", lambda config: 1 / 0)
     monkeypatch.setattr(storage, "write_bytes", lambda *_: os.stat("/no/such/place"))
     with pytest.raises(UserError, match=r"error\.txt: cannot be written, so the sweep ends \(ZeroDivisionError"):

@@ -44,7 +44,6 @@ def test_a_wrong_row_is_named_by_file_and_line(what, tmp_path):
 
 
 def test_hostile_texts_that_are_rows_train_and_score(tmp_path, tiny_run):
-    """A row may contain control characters, tags and formulas. They are kept, and do no harm."""
     texts = ["\x00\x1b[2J", "<script>alert(1)</script>", "=1+1", "\u202e\u2028\x85", "{answer}", "a" * 300, "\x7f"]
     rows = [line(question=f"{text} {i}", id=f"{text}{i}") for i in range(4) for text in texts]
     write(tmp_path / "data", "gsm8k", *rows, split="train")

@@ -73,7 +73,6 @@ def test_exact_match_and_f1_are_torchmetrics():
 
 
 def test_bleu_and_chrf_are_sacrebleus():
-    """The statistics that the bootstrap resamples give sacreBLEU's own score of any subset of sentences."""
     task, generator = task_option("iwslt2017"), random.Random(0)
     rows = [task.score(output, Example("", "", "", (reference,))) for output, reference in SENTENCES]
     for _ in range(5):

@@ -30,7 +30,6 @@ def test_the_prompt_and_target_of_each_task():
 
 @pytest.mark.parametrize("kind", FIVE)
 def test_the_target_is_not_in_the_prompt(kind):
-    """If the target is replaced, the prompt does not change by a byte."""
     before, after = (one_example(kind, row) for row in (GOOD[kind], {**GOOD[kind], **RELABELLED[kind]}))
     assert before.target != after.target
     assert (before.prompt, before.choices) == (after.prompt, after.choices)

@@ -35,6 +35,8 @@ BLANK_MARK = "\u2581"
 """How SentencePiece writes a blank in a token."""
 ENCODING_VERSION = 1
 """Raise it when encode_rows gives other token ids for the same rows."""
+ONE_DATE = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro -%}"
+"""Put before a chat template that asks for the date: runs of different days have the same prompts. Llama 3.2's date."""
 MIN_ROWS = 1000
 """Fewer rows are not stored, because encoding them is faster than reading a file."""
 COUNTS = ("rows", "shortened", "dropped_prompt", "dropped_target", "dropped_answer")
@@ -89,7 +91,13 @@ class Encoder:
         """
         if not self.config.chat_template:
             return None
-        return storage.json_sha256(self.tokenizer.chat_template)[:16]
+        return storage.json_sha256(self._dated_template or self.tokenizer.chat_template)[:16]
+
+    @cached_property
+    def _dated_template(self) -> str | None:
+        """The chat template with ONE_DATE; None if it asks for no date."""
+        template = self.tokenizer.chat_template
+        return ONE_DATE + template if isinstance(template, str) and "strftime_now" in template else None
 
     @cached_property
     def tokenizer_digest(self) -> str | None:
@@ -111,7 +119,8 @@ class Encoder:
         """Token ids of a prompt, with the chat template, or with the token that the model expects at a text's start."""
         if self.config.chat_template:
             turn = [{"role": "user", "content": text}]
-            text = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            options = {"chat_template": self._dated_template, "add_generation_prompt": True, "tokenize": False}
+            text = self.tokenizer.apply_chat_template(turn, **options)
             return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
         return self.text(text)
 
@@ -149,6 +158,23 @@ class Encoder:
         elif self.leaves_out_blank:
             text = text.removeprefix(" ")
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def scored(self, example: Example) -> Example:
+        """The example as it is scored: its prompt is shortened if needed, so that the answer fits.
+
+        Raises:
+            UserError: it does not fit. No example may be left out.
+        """
+        task, shortened = self.config, self.shortened(example)
+        answer_tokens = max([task.max_new_tokens, *(len(self.continuation(choice)) for choice in example.choices)])
+        if shortened is not None and len(self.prompt(shortened.prompt)) + answer_tokens <= self.context:
+            return shortened
+        raise UserError(
+            f"task={task.name}: row {example.id} has a prompt of {len(self.prompt(example.prompt))} tokens that "
+            f"cannot be shortened to {self.context - answer_tokens} (model.context={self.context} less "
+            f"{answer_tokens} for the answer, task.max_prompt_tokens={task.max_prompt_tokens}); lower "
+            "task.max_new_tokens, raise task.max_prompt_tokens, or take a model of longer context"
+        )
 
     def shortened(self, example: Example) -> Example | None:
         """The example itself if its prompt fits. Otherwise its `cuttable` text is shortened, at the end of a word.

@@ -193,6 +193,10 @@ class Trainer:
             # They are read before training, because a mistake in them would cost the time of a training.
             self.examples["test"] = load_examples(self.task, "test", config.data_root)
             warn_of_trained_rows(config.task.name, rows.examples["train"], self.examples["test"])
+        for split in config.score.splits:
+            # A row that cannot be scored is known now, and not after the training.
+            for example in self.examples[split]:
+                self.encoder.scored(example)
         # 3. The adapter, or the arm of another method. An arm of another method is admitted first.
         try:
             self.arm, self.admission = self._attach()

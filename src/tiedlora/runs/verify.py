@@ -480,7 +480,7 @@ def largest_gap(model: Any, scorer: Scorer, example: Example, now: PredictionRow
             return math.inf
         return max(now.log_likelihoods) - now.log_likelihoods[now.choices.index(recorded.output)]
     encoder = scorer.encoder
-    prompt = encoder.prompt(scorer.fitting(example).prompt)
+    prompt = encoder.prompt(encoder.scored(example).prompt)
     # Which token ended an answer is not recorded, and neither are blanks around it. It may have begun with one.
     ends = [[end] for end in (encoder.tokenizer.eos_token_id, *encoder.more_ends)] if recorded.ended == "end" else [[]]
     gaps = []

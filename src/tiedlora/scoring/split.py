@@ -228,7 +228,7 @@ class Scorer:
         # Imported here because the `evaluate` package takes a second to import, and only scoring needs it.
         from tiedlora.tasks.task_metric import TaskMetric  # noqa: PLC0415
 
-        asked = [self.fitting(example) for example in examples]
+        asked = [self.encoder.scored(example) for example in examples]
         prompts, choices = self._tokens(asked)
         by_likelihood, task = bool(choices[0]), self.config.task
         ends = AnswerEnds(self.encoder.tokenizer, task.stop, task.max_new_tokens, self.encoder.more_ends)
@@ -316,7 +316,7 @@ class Scorer:
         """
         if losses:
             return self._target_batches([self._target(example) for example in examples])
-        return self._answer_batches(*self._tokens([self.fitting(example) for example in examples]))
+        return self._answer_batches(*self._tokens([self.encoder.scored(example) for example in examples]))
 
     def _answer_batches(self, prompts: Sequence[Tokens], choices: Sequence[Sequence[Tokens]]) -> list[list[int]]:
         score = self.config.score
@@ -337,27 +337,13 @@ class Scorer:
         prompts = [self.encoder.prompt(example.prompt) for example in examples]
         return prompts, [[self.encoder.continuation(choice) for choice in example.choices] for example in examples]
 
-    def fitting(self, example: Example) -> Example:
-        """The example, with its prompt shortened if needed, so that the answer fits. No example may be left out."""
-        encoder, task = self.encoder, self.config.task
-        shortened = encoder.shortened(example)
-        answer_tokens = max([task.max_new_tokens, *map(len, self._tokens([example])[1][0])])
-        if shortened is not None and len(encoder.prompt(shortened.prompt)) + answer_tokens <= encoder.context:
-            return shortened
-        raise UserError(
-            f"task={task.name}: row {example.id} has a prompt of {len(encoder.prompt(example.prompt))} tokens that "
-            f"cannot be shortened to {encoder.context - answer_tokens} (model.context={encoder.context} less "
-            f"{answer_tokens} for the answer, task.max_prompt_tokens={task.max_prompt_tokens}); lower "
-            "task.max_new_tokens, raise task.max_prompt_tokens, or take a model of longer context"
-        )
-
     def _target(self, example: Example) -> _Target:
         """The tokens of a row. No example may be left out, so a target that does not fit loses its end."""
         if isinstance(example, Passage):
             # Without an end-of-text token, because a passage may end in the middle of a text.
             ids = self.encoder.text(example.target)
             return _Target(example, Encoded(ids[:1], ids[1:]), cut=False)
-        shortened = self.fitting(example)
+        shortened = self.encoder.scored(example)
         whole = self.encoder.example(shortened)
         kept = Encoded(whole.prompt, whole.target[: self.encoder.context - len(whole.prompt)])
         return _Target(shortened, kept, cut=len(kept) < len(whole))

@@ -29,6 +29,10 @@ class DialogSum(Task):
     shortens = "dialogue"
     options = ("use_stemmer",)
 
+    def check_options(self) -> None:
+        super().check_options()
+        _ = self._use_stemmer
+
     def group_id(self, row_id: str) -> str:
         match = ONE_OF_SEVERAL.fullmatch(row_id)
         return match[1] if match else row_id
