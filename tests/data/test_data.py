@@ -115,6 +115,7 @@ def test_with_a_chat_template_the_assistants_turn_is_the_target():
     # The assistant's turn starts without a blank, and ends with the end-of-text token.
     assert encoded.target == (*tokenizer("Thanks.").input_ids, tokenizer.eos_token_id)
     assert encoder().continuation(" Thanks.") == tuple(tokenizer(" Thanks.").input_ids)
+    assert encoder(f"task.stop=['{tokenizer.eos_token}', 'x']").more_ends == (tokenizer.eos_token_id,)
     dated = encoder("task.chat_template=true", template="{{ strftime_now('%d %b %Y') }}" + CHAT)
     assert tokenizer.decode(dated.prompt("a")).startswith("26 Jul 2024<|im_start|>user"), "the same on every day"
 

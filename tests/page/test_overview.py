@@ -89,7 +89,6 @@ def test_a_group_without_scores_has_no_column_of_its_own(tmp_path):
 
 
 def test_rates_are_compared_by_the_loss_if_their_scores_are_of_different_metrics(tmp_path):
-    """0 points of exact match are more than -0.15 nats, but not better."""
     for seed in range(2):
         loss_only(tmp_path, "TABuv", 8, 0.15, {"training.validation_loss_last": 0.15}, lr=1e-2, seed=seed)
         both_metrics(tmp_path, "TABuv", 8, 0.0, 3.0, {"training.validation_loss_last": 3.0}, lr=1e-1, seed=seed)

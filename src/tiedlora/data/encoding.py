@@ -70,7 +70,9 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, config: TaskConfig, context: int, more_ends: Sequence[int] = ()) -> None:
         self.tokenizer, self.config, self.context = tokenizer, config, context
-        self.more_ends = tuple(more_ends)
+        # Answers are decoded without special tokens, so a stop string that is one is found by its id.
+        special = {text: id for text, id in tokenizer.added_tokens_encoder.items() if text in config.stop}
+        self.more_ends = (*more_ends, *special.values())
         self.prompt_limit = min(config.max_prompt_tokens or context, context - config.max_new_tokens)
         """The most tokens that a prompt may have."""
         if self.prompt_limit < 1:
