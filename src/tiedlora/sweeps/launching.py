@@ -69,7 +69,7 @@ def run_sweep(sweep: Sweep, launch: Launch, fail_fast: bool = False) -> None:
         fail_fast: stop all cells when the first one fails. Otherwise the others continue.
 
     Raises:
-        UserError: a cell's result.json is damaged, or the launcher cannot go on.
+        UserError: a cell's result.json is damaged, or as `check_scoring`, or the launcher cannot go on.
         SystemExit: with code 1, after naming every cell that failed.
         KeyboardInterrupt: the sweep was asked to stop; the same command continues it.
     """
@@ -79,6 +79,7 @@ def run_sweep(sweep: Sweep, launch: Launch, fail_fast: bool = False) -> None:
     finished = {cell.run_id: cell for cell in sweep.cells if cell.finished()}
     unfinished = [cell for cell in sweep.cells if cell.run_id not in finished]
     errors = changed_inputs(finished.values())
+    check_scoring(unfinished)
     sweep.freeze()
     control = sweep.control
     control.start(fail_fast)
