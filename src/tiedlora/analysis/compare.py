@@ -152,7 +152,7 @@ def _comparable_runs(
     if unscored := [group.name for group, runs in zip(groups, by_seed, strict=True) if not runs]:
         raise UserError(f"no run of {' or '.join(unscored)} has {measure.metric} on {measure.split}")
     if not seeds:
-        raise UserError("no seed in common")
+        raise UserError("no planned seed in common" if among else "no seed in common")
     compared = [tuple(runs[seed] for seed in seeds) for runs in by_seed]
     every = list(itertools.chain.from_iterable(compared))
     if len({run.splits[split].digest for run in every}) > 1:

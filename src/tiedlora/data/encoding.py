@@ -35,7 +35,7 @@ BLANK_MARK = "\u2581"
 """How SentencePiece writes a blank in a token."""
 ENCODING_VERSION = 1
 """Raise it when encode_rows gives other token ids for the same rows."""
-ONE_DATE = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro -%}"
+ONE_DATE = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro %}{{ '' }}"
 """Put before a chat template that asks for the date: runs of different days have the same prompts. Llama 3.2's date."""
 MIN_ROWS = 1000
 """Fewer rows are not stored, because encoding them is faster than reading a file."""
@@ -71,8 +71,8 @@ class Encoder:
     def __init__(self, tokenizer: Any, config: TaskConfig, context: int, more_ends: Sequence[int] = ()) -> None:
         self.tokenizer, self.config, self.context = tokenizer, config, context
         # Answers are decoded without special tokens, so a stop string that is one is found by its id.
-        special = {text: id for text, id in tokenizer.added_tokens_encoder.items() if text in config.stop}
-        self.more_ends = (*more_ends, *special.values())
+        added = tokenizer.added_tokens_decoder.items()
+        self.more_ends = (*more_ends, *(id for id, token in added if token.special and token.content in config.stop))
         self.prompt_limit = min(config.max_prompt_tokens or context, context - config.max_new_tokens)
         """The most tokens that a prompt may have."""
         if self.prompt_limit < 1:
