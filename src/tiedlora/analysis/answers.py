@@ -151,7 +151,7 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
         answer.verdict = Verdict.NOT_RUN if pair.lacks_method else answer.verdict
         return answer
     over = f" (over {pair.floor.name})" if pair.floor is not None else ""
-    sides = [method, *comparator.groups, *([pair.floor] if pair.floor is not None else [])]
+    sides = pair.sides
     try:
         answer.measure = measure = _measure(claim, method, split)
         ended = _ended(sides, measure)
@@ -217,7 +217,7 @@ def _check_sensitivity(answer: Answer, pair: Pair, weakest: Pair, book: Scoreboo
         return f"sensitivity not shown: no base was scored beside {arm.name}"
     # Later looks of the weakest arm may not change an answer that stands.
     taken = range((answer.look or 0) + 1)
-    ended = _ended([arm, *peer.groups, *([pair.floor] if pair.floor is not None else [])], answer.measure)
+    ended = _ended(weakest.sides, answer.measure)
     reached = [number for number in taken if set(plan.of_look(number)) <= set.intersection(*ended.values())]
     if not reached or len(scores.of(plan.of_look(reached[-1])).seeds) < 2:
         return f"sensitivity not shown: {arm.name} does not have the seeds of a look"

@@ -292,6 +292,12 @@ class Pair:
     lacks_method: bool = False
     """Whether no run of the method is in this setting."""
 
+    @property
+    def sides(self) -> list[RunGroup]:
+        """The groups whose scores a rule takes: both sides and the floor. Those that are missing are left out."""
+        peers = self.comparator.groups if self.comparator is not None else []
+        return [group for group in (self.method, *peers, self.floor) if group is not None]
+
 
 def pairs(claim: Claim, groups: Sequence[RunGroup], splits: Mapping[tuple[str, str], str]) -> list[Pair]:
     """A pair for every setting with a group of the claim's anchor, on the claim's tasks.

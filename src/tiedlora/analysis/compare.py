@@ -419,10 +419,10 @@ def _fill(row: ResultRow, lora: RunGroup | None, lora_curve: Sequence[RunGroup],
         with contextlib.suppress(UserError):
             sides = paired_scores(group, lora, measure, book)
             row.retained, row.retains_at_least = rules.share(sides), rules.retained_at_least(sides, 1 - LEVEL)
-    for smaller in lora_curve[: lora_curve.index(group)] if group in lora_curve else ():
+    is_on_curve = group in lora_curve and measure.metric != DRIFT
+    for smaller in lora_curve[: lora_curve.index(group)] if is_on_curve else ():
         found, _ = difference(group, smaller, measure, book)
-        is_worse = found is not None and measure.sign * found.value < -intervals.ROUNDING
-        if found is not None and is_worse and found.count >= WORTH_SEEDS and measure.metric != DRIFT:
+        if found is not None and found.count >= WORTH_SEEDS and measure.sign * found.value < -intervals.ROUNDING:
             words = f"{measure.unit.text(found.widest, '+')} against {smaller.name}"
             row.notes.append(f"scores worse than a smaller size of the curve: {words}")
     if row.primary and group not in lora_curve:
