@@ -4,6 +4,7 @@
     forecast what the study will cost, or with another model: forecast studies/NAME model=llama3_2_1b
     run      carry them out, and export after each one; the same command continues. The plan must be committed
     export   write the records of the ended runs to studies/NAME/runs, without texts of the data and without paths
+    finish   pack the records of a study whose runs have all ended into one archive
     restore  copy these records to where the runs are, so that `run` on another machine does not repeat them
     repeat   train the run RUN of the study again, and compare its adapter with the recorded sha256
     verify   check every finished run, or those that are named, as scripts/verify.py does
@@ -24,6 +25,7 @@ from tiedlora import errors
 from tiedlora.config import compose
 from tiedlora.config.project import PROJECT, folder_of
 from tiedlora.errors import UserError
+from tiedlora.records import study_files
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
 from tiedlora.sweeps import forecast, study
@@ -38,7 +40,7 @@ REPEATED_LOSS = 0.05
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("plan", "forecast", "run", "export", "restore", "repeat", "verify"))
+    parser.add_argument("what", choices=("plan", "forecast", "run", "export", "finish", "restore", "repeat", "verify"))
     parser.add_argument("study", type=Path, help="the study's folder")
     parser.add_argument("words", nargs="*", help="repeat, verify: ids of runs. forecast: words of train.py to add")
     parser.add_argument("--part", help="plan, forecast, run: only this part")
@@ -46,7 +48,7 @@ def main() -> None:
     parser.add_argument("--data-root", default=folder_of("TIEDLORA_DATA"), help="as data_root= of train.py")
     arguments = parser.parse_intermixed_args()
     if arguments.words and arguments.what not in ("forecast", "repeat", "verify"):
-        raise UserError(f"{' '.join(arguments.words)}: {arguments.what} takes no words; change {study.PLAN} instead")
+        raise UserError(f"{' '.join(arguments.words)}: {arguments.what} takes no words; change study.yaml instead")
     if arguments.part and arguments.what not in ("plan", "forecast", "run"):
         raise UserError(f"--part: is for plan, forecast and run; {arguments.what} takes the whole study")
     if arguments.outputs and arguments.what == "verify":
@@ -67,6 +69,8 @@ def main() -> None:
         carry_out(planned, arguments.study, outputs, arguments.part)
     elif arguments.what == "export":
         print(f"{study.export_study(arguments.study, outputs)} runs in {arguments.study / 'runs'}")
+    elif arguments.what == "finish":
+        print(f"{arguments.study / study_files.ARCHIVE}: sha256 {study_files.finish(arguments.study)}")
     elif arguments.what == "restore":
         print(f"{study.restore_study(arguments.study, outputs)} runs copied to {outputs}")
     elif arguments.what == "verify":
@@ -87,7 +91,7 @@ def show_forecast(planned: study.Study, outputs: Path, part: str | None, words: 
 
 
 def carry_out(planned: study.Study, folder: Path, outputs: Path, part: str | None) -> None:
-    study.check_committed(folder)
+    study.check_can_run(folder)
     failed = []
     # A mistake in the last part must not be found after the hours of the others.
     for name, words, _ in planned.composed(outputs, part):
@@ -120,7 +124,7 @@ def run_until_stopped(command: list[str]) -> int:
 
 def repeat(folder: Path, run_ids: list[str], outputs: Path, data_root: str | None) -> None:
     if len(run_ids) != 1:
-        raise UserError(f"repeat: takes one run; give the name of a folder in {folder / 'runs'}")
+        raise UserError("repeat: takes one run; give its id")
     (kept,) = finished_runs(folder, run_ids)
     recorded = kept.finished_record()
     config = compose.read_finished_config(kept.config_file, recorded.config.tree)
@@ -167,13 +171,13 @@ def finished_runs(folder: Path, run_ids: list[str]) -> list[RunFolder]:
     Raises:
         UserError: one of them is no finished run, or there is none.
     """
-    runs = folder / "runs"
+    runs = study_files.runs_folder(folder)
     names = run_ids or sorted(path.parent.name for path in runs.glob("*/result.json"))
     if not names:
         raise UserError(f"{runs}: has no finished run yet")
     for name in names:
         if not (runs / name / "result.json").is_file():
-            raise UserError(f"{runs / name}: is no finished run of the study; give the name of a folder in {runs}")
+            raise UserError(f"{runs / name}: is no finished run of the study; give the id of one")
     return [RunFolder(runs / name) for name in names]
 
 

@@ -22,6 +22,7 @@ from tiedlora.analysis.intervals import Array, Clusters, pseudo_values
 from tiedlora.config.identity import identity_digest, name_of
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
+from tiedlora.records import study_files
 from tiedlora.records.interval import Unit
 from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, is_loss, mean_per_token
 from tiedlora.records.reading import read_typed
@@ -38,8 +39,6 @@ NOT_RUNS = ("base", "sweeps")
 """Folders in outputs/ that are not runs: scores of base models, and frozen configurations of sweeps."""
 TOLERANCE = 1e-6
 """The allowed difference, by rounding, of a recorded metric from the mean over its examples."""
-CLUSTERS_FILE = "clusters.json"
-"""In a study's folder: task -> row's id -> the row's cluster, for runs that were scored before rows had them."""
 LONGEST_REASON = 200
 """Most characters of a failed run's error that are shown."""
 
@@ -125,16 +124,9 @@ def run_roots(roots: Iterable[Path]) -> list[Path]:
     """The roots, with the folder of runs for each one that is a study.
 
     Raises:
-        UserError: a study has no runs yet.
+        UserError: a study has no runs yet, or its archive is damaged.
     """
-    found = []
-    for root in roots:
-        if (root / "study.yaml").is_file():
-            root = root / "runs"
-            if not root.is_dir():
-                raise UserError(f"{root}: the study has no runs yet; scripts/study.py run {root.parent} makes them")
-        found.append(root)
-    return found
+    return [study_files.runs_folder(root) if study_files.is_study(root) else root for root in roots]
 
 
 def read_runs(roots: Iterable[Path]) -> tuple[list[Run], list[LeftOut]]:
@@ -383,7 +375,7 @@ def _read(run: Run, split: str, base: bool) -> RowScores:
             unreadable[metric] = str(error)
         except (KeyError, TypeError, ValueError, ArithmeticError, ImportError) as error:
             unreadable[metric] = f"{run.run_id}: scores of {metric} on {split} cannot be read ({error!r:.60})"
-    listed = _listed_clusters(run.path.absolute().parent.parent / CLUSTERS_FILE).get(run.task, {})
+    listed = _listed_clusters(run.path.absolute().parent.parent / study_files.CLUSTERS).get(run.task, {})
     names = [row.cluster or listed.get(row.id, "") for row in rows]
     named = set(names) - {""}
     shared = len(named) if len(named) < len(names) - names.count("") else 0

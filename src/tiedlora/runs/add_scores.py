@@ -11,6 +11,7 @@ from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.models import products
 from tiedlora.models.device import execution_on, set_up_device
+from tiedlora.records import study_files
 from tiedlora.records.loss_metrics import DRIFT
 from tiedlora.records.provenance import CHAT_TEMPLATE, TOKENIZER, Execution, package_versions
 from tiedlora.records.run_folder import RunFolder
@@ -47,7 +48,7 @@ def add_scores(folder: RunFolder, config: Config, again: bool = False) -> RunRec
     if score.forgetting is not None:
         check_source(score.forgetting)
     place = folder.path.resolve().parent
-    if place.name == "runs" and (place.parent / "study.yaml").exists():
+    if place.name == study_files.RUNS and study_files.is_study(place.parent):
         raise UserError(f"{folder.path}: is a study's record; copy it to outputs with scripts/study.py restore first")
     if not finished.keeps(ADAPTER):
         raise UserError(f"{folder.path}: is a study's record without its adapter, which scores need; repeat the run")

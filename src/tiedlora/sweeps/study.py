@@ -34,13 +34,13 @@ from tiedlora.records.reading import Text
 from tiedlora.records.run_folder import RunFolder, State
 from tiedlora.records.run_record import RunRecord
 from tiedlora.records.selection import SELECTION_FILE, read_selection
+from tiedlora.records.study_files import ARCHIVE, PLAN, RUNS, is_finished, runs_folder
 from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.expand import SECTIONS, Composers, DecidingOptions, compose_sweep
 from tiedlora.text import is_name, nearest
 
 log = logging.getLogger(__name__)
 
-PLAN = "study.yaml"
 _WORD = re.compile(r"\+{0,2}([A-Za-z_][\w./]*)=(.*)", re.ASCII | re.DOTALL)
 _SECTIONS = ("grid", *(name for name in SECTIONS if name not in ("outputs", "cache", "data_root", "force")))
 """What a word may set. The other keys of a run say where and how it is carried out, which is for the command."""
@@ -99,6 +99,8 @@ class Study:
     words: list[Word]
     """The words of every sweep."""
     parts: Annotated[list[StudyPart], Field(min_length=1)]
+    records: Text | None = None
+    """The sha256 of the archive of its records, once the study is finished."""
 
     def __post_init__(self) -> None:
         names = [part.name for part in self.parts]
@@ -160,18 +162,27 @@ def read_study(folder: Path) -> Study:
     return study
 
 
-def check_committed(folder: Path) -> None:
-    """Check that the plan is in the commit that the runs will record.
+def check_can_run(folder: Path) -> None:
+    """Check that the study is not finished, and that its plan is in the commit that the runs will record.
 
     Raises:
-        UserError: there are uncommitted changes, or the plan is not in the commit.
+        UserError: it is finished, there are uncommitted changes, or the plan is not in the commit.
     """
+    _check_unfinished(folder)
     plan = (folder / PLAN).resolve()
     if git("ls-files", "--error-unmatch", str(plan)) is None:
         raise UserError(f"{folder / PLAN}: is not committed; commit the plan before the first run")
     if code_version().dirty is not False:
         raise UserError(
             f"{PROJECT}: has uncommitted changes, so the runs could not be repeated from their commit; commit them"
+        )
+
+
+def _check_unfinished(folder: Path) -> None:
+    if is_finished(folder):
+        raise UserError(
+            f"{folder}: is finished, and its records are in {ARCHIVE}; to go on, unpack it there, and remove "
+            f"it and the line `records` of {PLAN}"
         )
 
 
@@ -184,7 +195,8 @@ def export_study(folder: Path, outputs: Path) -> int:
     Raises:
         UserError: a run or a selection.json is damaged, or there are no runs.
     """
-    runs = folder / "runs"
+    _check_unfinished(folder)
+    runs = folder / RUNS
     if not outputs.is_dir():
         raise UserError(f"{outputs}: no such folder, so there are no runs to export; start the study with `run`")
     for path in sorted((outputs / "sweeps").glob(f"*/{SELECTION_FILE}")):
@@ -259,9 +271,7 @@ def restore_study(folder: Path, outputs: Path) -> int:
         UserError: the study has no records.
         OSError: the folder cannot be written.
     """
-    runs = folder / "runs"
-    if not runs.is_dir():
-        raise UserError(f"{runs}: no such folder, so the study has no records to continue from; start it with `run`")
+    runs = runs_folder(folder)
     kept = [path for path in sorted(runs.iterdir()) if (path / "config.yaml").is_file()]
     missing = [path for path in kept if not (outputs / path.name).exists()]
     for path in missing:
