@@ -26,6 +26,7 @@ def main(composed: DictConfig) -> None:
         for group, plain in (("hydra/sweeper", "resuming"), ("hydra/launcher", "basic")):
             if (option := HydraConfig.get().runtime.choices[group]) != plain:
                 raise errors.UserError(f"{group}={option}: is for a sweep; add --multirun, or leave it out")
+        compose.check_words(HydraConfig.get().overrides.task)
         run.main(compose.load(composed))
 
 

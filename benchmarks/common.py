@@ -22,8 +22,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tiedlora.config.schema import Config
 
-# Neither are our runs uploaded, nor is W&B timed; PEFT's side reports to nothing too. Child processes inherit it.
-os.environ["WANDB_MODE"] = "disabled"
 PROJECT = Path(__file__).resolve().parents[1]
 MODEL = "smollm2_135m"
 RANK, BATCH = 8, 8
@@ -42,6 +40,7 @@ def defaults() -> dict[str, str]:
         "train.warmup_steps": "0",
         "train.schedule": "constant",
         "train.lr": "1e-3",
+        "tracking": "none",
     }
 
 
@@ -52,6 +51,11 @@ def config(*overrides: str) -> Config:
     overridden = {override.partition("=")[0] for override in overrides}
     kept = [f"{key}={value}" for key, value in defaults().items() if key not in overridden]
     return compose_config([*kept, *overrides])
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a process that is measured. Its runs are not uploaded, and W&B is not timed."""
+    return {**os.environ, "WANDB_MODE": "disabled", **more}
 
 
 def peak_memory() -> int:
@@ -72,13 +76,11 @@ def measure(script: str, *arguments: str, threads: int | None = None) -> dict[st
 
     `whole_seconds` is added: the time from the process's start to its end.
     """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    own = environment(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     if threads:
-        environment["OMP_NUM_THREADS"] = str(threads)
+        own["OMP_NUM_THREADS"] = str(threads)
     started = time.perf_counter()
-    child = subprocess.run(
-        [sys.executable, script, "--child", *arguments], env=environment, capture_output=True, text=True
-    )
+    child = subprocess.run([sys.executable, script, "--child", *arguments], env=own, capture_output=True, text=True)
     if child.returncode != 0:
         sys.exit(f"{script} --child {' '.join(arguments)}: ended with {child.returncode}\n{child.stderr[-3000:]}")
     figures: dict[str, Any] = json.loads(child.stdout.strip().splitlines()[-1])
@@ -91,7 +93,7 @@ def run_command(command: Sequence[str]) -> None:
     Raises:
         RuntimeError: it failed; with the last line of its standard error.
     """
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(last_line(done.stderr))
 

@@ -35,7 +35,7 @@ def seconds(*arguments: str) -> float:
     """The time of one command from its start to its end."""
     started = time.perf_counter()
     command = [sys.executable, str(common.PROJECT / "train.py"), *arguments]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, env=common.environment(), check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -176,7 +175,7 @@ def main() -> None:
         parser.error(f"--only: {', '.join(sorted(unknown))}; choose from smoke, {', '.join(gpu_parts.PARTS)}")
     if arguments.rehearse and arguments.out and arguments.out.resolve() == REPORT:
         parser.error(f"--out: a rehearsal does not write {REPORT.name}, which is for figures of a GPU")
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    environment = common.environment(TOKENIZERS_PARALLELISM="false")
     if arguments.rehearse:
         plan, gpus, out = gpu_parts.REHEARSAL, 2, arguments.out or REHEARSAL_REPORT
         environment |= {

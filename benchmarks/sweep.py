@@ -44,7 +44,8 @@ def ours(dtype: str) -> float:
         command = [sys.executable, str(common.PROJECT / "train.py"), "--multirun", f"tying={','.join(EIGHT)}"]
         command += [f"{key}={value}" for key, value in common.defaults().items()] + settings(dtype)
         started = time.perf_counter()
-        sweep = subprocess.run([*command, f"outputs={outputs}"], capture_output=True, text=True, cwd=common.PROJECT)
+        command.append(f"outputs={outputs}")
+        sweep = subprocess.run(command, env=common.environment(), capture_output=True, text=True, cwd=common.PROJECT)
         seconds = time.perf_counter() - started
         results = len(list(Path(outputs).glob("*/result.json")))
         if sweep.returncode != 0 or results != len(EIGHT):

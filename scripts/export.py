@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tiedlora import errors
 from tiedlora.config.compose import read_finished_config
+from tiedlora.config.project import filled
 from tiedlora.config.schema import SCORED_SPLITS
 from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
@@ -20,14 +21,16 @@ from tiedlora.records.run_folder import RunFolder
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("run", type=filled("RUN", Path), help="the run's folder")
     parser.add_argument("--to", choices=("peft", "merged", "hub-card"), required=True)
-    parser.add_argument("--out", type=Path, help="the new folder; default RUN/export/<to>")
+    parser.add_argument("--out", type=filled("--out", Path), help="the new folder; default RUN/export/<to>")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of merged weights; default float32")
     parser.add_argument(
         "--split", choices=SCORED_SPLITS, help="whose rows the lm-eval task asks; default: the first that is scored"
     )
-    parser.add_argument("--cache", help="where converted models are; default: where the run kept them")
+    parser.add_argument(
+        "--cache", type=filled("--cache", str), help="where converted models are; default: where the run kept them"
+    )
     arguments = parser.parse_args()
     if arguments.dtype and arguments.to != "merged":
         raise UserError(f"--dtype {arguments.dtype}: is for --to merged; the adapter is always float32")

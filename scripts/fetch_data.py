@@ -15,6 +15,7 @@ from typing import Any
 
 from tiedlora import errors, storage
 from tiedlora.config import compose
+from tiedlora.config.project import filled
 from tiedlora.config.schema import Split
 from tiedlora.errors import UserError
 from tiedlora.keys import from_person
@@ -36,7 +37,9 @@ class ListedRows:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="as for train.py")
-    parser.add_argument("--rows", type=Path, help="only the rows of this file of studies/rows, in its order")
+    parser.add_argument(
+        "--rows", type=filled("--rows", Path), help="only the rows of this file of studies/rows, in its order"
+    )
     asked = parser.parse_intermixed_args(arguments)
     config = compose.compose_config(asked.words)
     if config.data_root is None:

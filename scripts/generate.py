@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tiedlora import errors
-from tiedlora.config.project import folder_of
+from tiedlora.config.project import filled, folder_of
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.text import visible, visible_lines
@@ -26,18 +26,27 @@ if TYPE_CHECKING:
     from tiedlora.adapter.arms import Arm
     from tiedlora.data.encoding import Encoder
 
+NO_UTF8 = "has bytes that are no UTF-8; give the text in UTF-8"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("run", type=filled("RUN", Path), help="the run's folder")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--raw", action="store_true", help="do not use the task's template")
     parser.add_argument("--max-new-tokens", type=int, help="default: the task's")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:NUMBER; default auto")
-    parser.add_argument("--cache", default=folder_of("TIEDLORA_CACHE"), help="default: where the run kept it")
+    parser.add_argument(
+        "--cache",
+        type=filled("--cache", str),
+        default=folder_of("TIEDLORA_CACHE"),
+        help="default: where the run kept it",
+    )
     arguments = parser.parse_args()
     if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: must be at least 1")
+    for text in arguments.prompt:
+        check_utf8("--prompt", text)
 
     # Imported here because torch and transformers take seconds: --help and a wrong argument do not need them.
     from tiedlora.data.encoding import Encoder
@@ -84,15 +93,34 @@ def answers(arm: Arm, encoder: Encoder, config: Config, prompt: str, max_new_tok
 
 
 def typed_prompts(field: str) -> Iterator[str]:
-    """The lines that the user types, until an empty line or the end of the input."""
+    """The lines that the user types, until an empty line or the end of the input.
+
+    Raises:
+        UserError: a line is not UTF-8.
+    """
     while True:
         try:
             text = input(f"{field}> ")
         except EOFError:
             return
+        except UnicodeDecodeError:
+            raise UserError(f"standard input: {NO_UTF8}") from None
+        check_utf8("standard input", text)
         if not text.strip():
             return
         yield text
+
+
+def check_utf8(source: str, text: str) -> None:
+    """Refuse a text of a person with bytes that are no UTF-8. Python has them as halves of surrogate pairs.
+
+    Args:
+        source: where the text comes from.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{source}: {NO_UTF8}") from None
 
 
 def side_by_side(base: str, adapted: str) -> str:

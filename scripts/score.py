@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tiedlora import errors
 from tiedlora.config import compose
-from tiedlora.config.project import folder_of
+from tiedlora.config.project import filled, folder_of
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.summary import terminal_lines
 from tiedlora.scoring.passes import lacks_scores, wanted_passes
@@ -23,13 +23,22 @@ from tiedlora.training import signals
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("run", type=filled("RUN", Path), help="the run's folder")
     parser.add_argument("--split", choices=("validation", "test"), help="test, unless --forgetting is given alone")
     parser.add_argument("--metrics", nargs="+", help="as score.metrics= of train.py; all if it is left out")
     parser.add_argument("--drift", action="store_true", help="also the drift from the base model, with the losses")
     parser.add_argument("--forgetting", metavar="FILE.txt", help="neutral text")
-    parser.add_argument("--data-root", help="as data_root= of train.py; default: the run's own, or TIEDLORA_DATA")
-    parser.add_argument("--cache", default=folder_of("TIEDLORA_CACHE"), help="default: where the run kept it")
+    parser.add_argument(
+        "--data-root",
+        type=filled("--data-root", str),
+        help="as data_root= of train.py; default: the run's own, or TIEDLORA_DATA",
+    )
+    parser.add_argument(
+        "--cache",
+        type=filled("--cache", str),
+        default=folder_of("TIEDLORA_CACHE"),
+        help="default: where the run kept it",
+    )
     parser.add_argument("--again", action="store_true", help="score again what was scored before")
     arguments = parser.parse_args()
     show_log()

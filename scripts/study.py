@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tiedlora import errors
 from tiedlora.config import compose
-from tiedlora.config.project import PROJECT, folder_of
+from tiedlora.config.project import PROJECT, filled, folder_of
 from tiedlora.errors import UserError
 from tiedlora.records import study_files
 from tiedlora.records.run_folder import RunFolder
@@ -41,11 +41,18 @@ REPEATED_LOSS = 0.05
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("plan", "forecast", "run", "export", "finish", "restore", "repeat", "verify"))
-    parser.add_argument("study", type=Path, help="the study's folder")
+    parser.add_argument("study", type=filled("STUDY", Path), help="the study's folder")
     parser.add_argument("words", nargs="*", help="repeat, verify: ids of runs. forecast: words of train.py to add")
     parser.add_argument("--part", help="plan, forecast, run: only this part")
-    parser.add_argument("--outputs", type=Path, help="where the runs are; default TIEDLORA_OUTPUTS/studies/NAME")
-    parser.add_argument("--data-root", default=folder_of("TIEDLORA_DATA"), help="as data_root= of train.py")
+    parser.add_argument(
+        "--outputs", type=filled("--outputs", Path), help="where the runs are; default TIEDLORA_OUTPUTS/studies/NAME"
+    )
+    parser.add_argument(
+        "--data-root",
+        type=filled("--data-root", str),
+        default=folder_of("TIEDLORA_DATA"),
+        help="as data_root= of train.py",
+    )
     arguments = parser.parse_intermixed_args()
     if arguments.words and arguments.what not in ("forecast", "repeat", "verify"):
         raise UserError(f"{' '.join(arguments.words)}: {arguments.what} takes no words; change study.yaml instead")

@@ -9,17 +9,23 @@ import argparse
 from pathlib import Path
 
 from tiedlora import errors
-from tiedlora.config.project import folder_of
+from tiedlora.config.project import filled, folder_of
 from tiedlora.errors import UserError
 from tiedlora.tracking.progress import show_log
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("--data-root", help="as data_root= of train.py; default: the run's own, or TIEDLORA_DATA")
+    parser.add_argument("run", type=filled("RUN", Path), help="the run's folder")
+    parser.add_argument(
+        "--data-root",
+        type=filled("--data-root", str),
+        help="as data_root= of train.py; default: the run's own, or TIEDLORA_DATA",
+    )
     parser.add_argument("--rows", type=int, default=32, help="predictions per split to regenerate, at least; 0: none")
-    parser.add_argument("--cache", type=Path, default=folder_of("TIEDLORA_CACHE"), help="as cache= of train.py")
+    parser.add_argument(
+        "--cache", type=filled("--cache", Path), default=folder_of("TIEDLORA_CACHE"), help="as cache= of train.py"
+    )
     arguments = parser.parse_args()
     if arguments.rows < 0:
         raise UserError(f"--rows {arguments.rows}: must be at least 0")

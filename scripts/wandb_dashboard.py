@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tiedlora import errors
 from tiedlora.analysis.runs import read_runs, run_roots
+from tiedlora.config.project import filled
 from tiedlora.errors import UserError
 from tiedlora.page import wandb_dashboard
 from tiedlora.text import is_name
@@ -19,7 +20,9 @@ from tiedlora.text import is_name
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs; they give the tasks and metrics")
+    parser.add_argument(
+        "runs", nargs="+", type=filled("RUNS", Path), help="folders of runs; they give the tasks and metrics"
+    )
     parser.add_argument("--entity", required=True, help="your team or account")
     parser.add_argument("--project", default="tiedlora")
     parser.add_argument("--json", action="store_true", help="print the workspaces instead of saving them")

@@ -50,10 +50,17 @@ os.fsync = lambda descriptor: None
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
+ENVIRONMENT = pytest.StashKey[dict[str, str]]()
+"""The environment before the tests are collected."""
+CHANGED = pytest.StashKey[dict[str, tuple[str | None, str | None]]]()
+"""Variable -> its values before and after the collection, for those that it has changed."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # The other tests promise what a CPU computes, and some fork, which a process with a GPU must not do.
     if config.option.markexpr != "gpu" and torch.backends.cuda.is_built():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    config.stash[ENVIRONMENT] = dict(os.environ)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -63,7 +70,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
+    before, after = session.config.stash[ENVIRONMENT], dict(os.environ)
+    session.config.stash[CHANGED] = {
+        name: (before.get(name), after.get(name))
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    }
     # Runs collect garbage several times. Without this, each collection would visit all objects of all modules.
     gc.collect()
     gc.freeze()
@@ -74,6 +87,11 @@ def processes_end_with_their_test():
     """Also those of a test that has failed, or that has reached its time limit."""
     yield
     processes.end_all()
+
+
+@pytest.fixture
+def changed_by_collecting(pytestconfig) -> dict[str, tuple[str | None, str | None]]:
+    return pytestconfig.stash[CHANGED]
 
 
 @pytest.fixture

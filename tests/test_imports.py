@@ -1,6 +1,7 @@
 """Packages import in one direction; what imports no torch, places of Hydra, and sizes of files."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,6 +85,31 @@ def test_what_needs_no_torch_imports_none():
     code += "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+CHANGES_ENVIRONMENT = re.compile(
+    r"os\.environ(\[.*\] (\|)?= |\.(setdefault|pop|update|clear)\(| \|= )|os\.(put|unset)env\("
+)
+
+
+def test_no_module_changes_the_environment_when_it_is_imported():
+    """It would change what the whole process sees, and every process that it starts."""
+    wrong = []
+    for folder in ("src", "scripts", "examples", "benchmarks", "tests"):
+        for path in sorted((SRC.parent / folder).rglob("*.py")):
+            # The tests begin with an environment that tests/conftest.py makes.
+            statements = [] if path == SRC.parent / "tests" / "conftest.py" else ast.parse(path.read_text()).body
+            for statement in statements:
+                is_main = isinstance(statement, ast.If) and "__main__" in ast.unparse(statement.test)
+                is_run = not isinstance(statement, ast.FunctionDef | ast.ClassDef) and not is_main
+                if is_run and CHANGES_ENVIRONMENT.search(ast.unparse(statement)):
+                    wrong.append(f"{path.relative_to(SRC.parent)}:{statement.lineno}")
+    assert not wrong
+
+
+def test_to_collect_the_tests_changes_no_variable_of_the_environment(changed_by_collecting):
+    """Of all files that pytest was given. A module that set one at its import would change what other tests see."""
+    assert changed_by_collecting == {}
 
 
 def test_no_room_is_too_long():

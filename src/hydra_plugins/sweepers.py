@@ -16,7 +16,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from tiedlora.sweeps.expand import DecidingOptions, SearchOptions, expand, read_options
-from tiedlora.sweeps.launching import launcher_of, run_sweep
+from tiedlora.sweeps.launchers import launcher_of
+from tiedlora.sweeps.launching import run_sweep
 from tiedlora.training.signals import stopped_by_signals
 
 
@@ -41,18 +42,19 @@ class ResumingSweeper(Sweeper):
         """
         assert self.config is not None
         assert self.hydra_context is not None
-        launch, options = launcher_of(self.config), read_options(self.config)
-        sweep = expand(self.config, self.hydra_context.config_loader, arguments)
-        if not isinstance(options, SearchOptions):
-            run_sweep(sweep, launch, options.fail_fast)
-            return []
-        from tiedlora.sweeps.staged import run_deciding, run_staged  # noqa: PLC0415
+        options = read_options(self.config)
+        with launcher_of(self.config) as launch:
+            sweep = expand(self.config, self.hydra_context.config_loader, arguments)
+            if not isinstance(options, SearchOptions):
+                run_sweep(sweep, launch, options.fail_fast)
+                return []
+            from tiedlora.sweeps.staged import run_deciding, run_staged  # noqa: PLC0415
 
-        if isinstance(options, DecidingOptions):
-            run_deciding(sweep, options, launch)
-        else:
-            run_staged(sweep, options, launch)
-        return []
+            if isinstance(options, DecidingOptions):
+                run_deciding(sweep, options, launch)
+            else:
+                run_staged(sweep, options, launch)
+            return []
 
 
 class StagedSweeper(ResumingSweeper):

@@ -82,6 +82,12 @@ def check_name(value: str) -> str:
     return value
 
 
+def _distinct(values: list[str]) -> list[str]:
+    if doubled := [value for value in values if values.count(value) > 1]:
+        raise ValueError(f"names {doubled[0]} twice; name each once")
+    return values
+
+
 def _pattern(value: str) -> str:
     try:
         re.compile(value)
@@ -99,6 +105,8 @@ Name = Annotated[Lines, AfterValidator(check_name)]
 """A plain name, because it becomes a part of a path, a file name or an address."""
 Pattern = Annotated[Text, AfterValidator(_pattern)]
 """A regular expression."""
+Distinct = AfterValidator(_distinct)
+"""Of a list: each value stands in it once."""
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Count = Annotated[Whole, Field(ge=1, le=LARGEST_COUNT)]

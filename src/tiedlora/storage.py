@@ -117,6 +117,12 @@ def write_bytes(path: Path, data: bytes, flush: bool = True) -> None:
         _flush(path.parent)
 
 
+def write_changed(path: Path, data: bytes, flush: bool = True) -> None:
+    """As `write_bytes`, unless the file has this content already. Then nothing is written, also on a read-only disk."""
+    if not path.is_file() or read_bytes(path) != data:
+        write_bytes(path, data, flush)
+
+
 def json_bytes(value: object) -> bytes:
     """Indented JSON."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

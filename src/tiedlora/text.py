@@ -53,6 +53,14 @@ def visible_lines(text: str) -> str:
     return "\n".join(map(visible, text.split("\n")))
 
 
+def without_folders(text: str) -> str:
+    """The text with only the last name of each absolute path: what is published names no folder of a machine."""
+    return FOLDERS.sub("", text)
+
+
+FOLDERS = re.compile(r"(?<![\w.:/~-])~?/(?:[^\s/:;,'\"()]+/)+(?=[^\s/])")
+
+
 def clock(seconds: float) -> str:
     """The time as m:ss, or as h:mm:ss from one hour."""
     minutes, rest = divmod(round(seconds), 60)

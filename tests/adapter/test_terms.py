@@ -76,7 +76,7 @@ def test_a_term_adapts_its_own_layers_and_is_saved(ids, tmp_path):
         (["tying=RaSA", "tying.terms.shared.rank=999"], "tying.terms.shared.rank=999: is more than a projection's"),
         (["tying=RaSA", "tying.terms.shared.layers=[40]"], "tying.terms.shared.layers: holds 40, but the model has"),
         (["tying=RaSA", "tying.A.share=2"], "tying.A: has no meaning beside tying.terms; set tying.terms.TERM.A, TERM"),
-        (["tying.terms={}"], "tying.terms: must have at least 1 item, not 0"),
+        (["tying.terms={}"], "tying.terms={}: an empty mapping is merged into the present one and changes nothing"),
         (["tying.terms={a.b:{}}"], "tying.terms.a.b"),
         (["tying=peft/vera", "tying.terms={one:{}}"], "tying.terms: VeraConfig has no terms; set tying.terms=null"),
     ],

@@ -50,9 +50,12 @@ MISTAKES = {  # one for each rule: overrides, and how the message begins
     "no option": (["tracking.backend=aim"], "tracking.backend=aim: choose one of auto, mlflow, none, trackio, wandb"),
     "a path for a name": (["task.name=../../x"], "task.name=../../x: use letters"),
     "a control character": (['task.prompt="a\x1b[2J{question}"'], "task.prompt=a␛[2J{question}: holds a control"),
+    "no terms": (["tying=RaSA", "tying.terms={}"], "tying.terms={}: an empty mapping is merged into the present one"),
     # Rules of items, and of several keys
     "a split that is none": (["+task.hub.splits.evil=a"], "task.hub.splits.evil=evil: choose one of train, validation"),
     "a split that is trained on": (["score.splits=[train]"], "score.splits.0=train: choose one of validation, test. "),
+    "a split twice": (["score.splits=[test,test]"], "score.splits=['test', 'test']: names test twice; name each once"),
+    "a metric twice": (["score.metrics=[accuracy,accuracy]"], "score.metrics=['accuracy', 'accuracy']: names accuracy"),
     "a grid without a plus": (["grid=paper"], "grid: unknown key; a grid is added as +grid=NAME, and several as"),
     "a rank of no option": (["rank=r16"], "rank=r16: no such option; choose one of r1, r128, r2, r32, r8, or set"),
     "a long tag": ([f"tracking.tags=[{'x' * 65}]"], f"tracking.tags.0={'x' * 60}: must match pattern '^.{{1,64}}$'"),

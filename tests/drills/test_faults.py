@@ -20,6 +20,8 @@ from tiedlora.config.compose import compose_config
 from tiedlora.config.project import PROJECT
 from tiedlora.records.rows import AppendedFile, read_metrics
 from tiedlora.runs import run
+from tiedlora.sweeps.cells import Sweep, SweepCell
+from tiedlora.sweeps.launching import run_sweep, work
 from tiedlora.tasks import task_metric  # noqa: F401  (a fork that is short of memory could not import it)
 from tiedlora.training import checkpoint
 
@@ -118,7 +120,7 @@ def test_too_little_memory_halves_the_passes_or_the_batches(tiny_config, monkeyp
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root, and root may write anywhere else")
-def test_a_read_only_file_system_is_said_and_a_finished_run_there_is_printed(tiny_config, finish, tmp_path):
+def test_a_read_only_file_system_is_said_and_what_is_finished_there_is_printed(tiny_config, finish, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     config = tiny_config(f"outputs={disk}/outputs")
@@ -135,6 +137,11 @@ def test_a_read_only_file_system_is_said_and_a_finished_run_there_is_printed(tin
         assert "read-only" in one_error(told)
         code, told = forked(lambda: run.main(config))
         assert code == 0, told
+        code, told = forked(lambda: run_sweep(Sweep("sweep", [SweepCell((), config)]), work))
+        assert code == 0, told
+        code, told = forked(lambda: run_sweep(Sweep("sweep", [SweepCell((), unfinished)]), work))
+        assert code == 2
+        assert "read-only" in one_error(told)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

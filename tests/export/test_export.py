@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.families import FAMILIES, family_model
 from helpers.report_runs import make_config, make_record
-from helpers.tiny import EIGHT, close, logits, randomise, tying_option
+from helpers.tiny import EIGHT, close, logits, randomise, saved_tiny, tying_option
 from omegaconf import OmegaConf
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -24,6 +24,7 @@ from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
 from tiedlora.export.folder import ExportOptions, card, to_merged, to_peft
+from tiedlora.runs import run
 
 RANK, ALPHA = 4, 6.0
 
@@ -109,6 +110,19 @@ def test_the_script_writes_every_form_with_a_card_and_a_task(tiny_config, finish
     code, _, err = script("scripts/export.py", folder, "--to", "peft", "--out", tmp_path / "changed")
     assert (code, (tmp_path / "changed").exists()) == (2, False)
     assert "adapter/adapter.json: is missing, or has changed since the run" in err
+
+
+def test_no_export_names_the_folder_of_the_base(tiny_config, script, tmp_path):
+    saved_tiny("tiny_llama", tmp_path / "model")
+    record = run.main(tiny_config("model.source=hub", f"model.path={tmp_path}/model", "train.steps=2"))
+    folder = tmp_path / "outputs" / record.run_id
+    for form in ("peft", "merged", "hub-card"):
+        assert script("scripts/export.py", folder, "--to", form)[0] == 0
+    exported = [path for path in (folder / "export").rglob("*") if path.is_file()]
+    assert [path.name for path in exported if bytes(tmp_path) in path.read_bytes()] == []
+    assert json.loads((folder / "export" / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == (
+        record.base.name
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,15 @@ import torch
 
 from tiedlora.config.schema import Config
 
-# cuBLAS reads this when it is first used, and one of the tests wants deterministic products.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 REHEARSED = os.environ.get("TIEDLORA_REHEARSE") == "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def deterministic_products():
+    """cuBLAS reads the variable when it is first used, and one of the tests wants deterministic products."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUBLAS_WORKSPACE_CONFIG", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8"))
+        yield
 
 
 @pytest.fixture

@@ -3,9 +3,10 @@
 import base64
 import hashlib
 import re
+import shutil
 
 from helpers.hostile import HOSTILE
-from helpers.report_runs import BASE, GOOD, scored_run
+from helpers.report_runs import BASE, GOOD, report_of_claim, scored_run, world
 
 from tiedlora.page import write
 
@@ -34,3 +35,21 @@ def test_equal_runs_give_equal_files(tmp_path):
     assert {"index.html", *(f"results.{ending}" for ending in ("csv", "md", "tex"))} <= set(one)
     assert {f"{figure}.{ending}" for figure in ("pareto", "curves") for ending in ("png", "svg")} <= set(one)
     assert one == two
+
+
+def test_no_file_of_a_report_names_a_folder_of_this_machine(tmp_path):
+    """Faults name the file with its path, and people pass a report on."""
+    world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.6}, seeds=3, rows=40)
+    scored_run(tmp_path / "runs", GOOD, BASE, name="TAB")
+    (damaged,) = (tmp_path / "runs").glob("TABuv-*-s0-*")
+    (damaged / "predictions" / "validation.jsonl").write_text("{")
+    failed = tmp_path / "runs" / "TA-r8-squad-tiny-s0-0123456789"
+    failed.mkdir()
+    (failed / "error.txt").write_text(f"tiedlora.errors.UserError: {tmp_path}/data/squad/train.jsonl:1: is no row\n")
+    shutil.copytree(tmp_path / "runs", tmp_path / "more")
+    report = report_of_claim(tmp_path, roots=("runs", "more"))
+    assert any("train.jsonl" in folder.reason for folder in report.left_out)
+    write.write(report, tmp_path / "report")
+    texts = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
+    assert b"train.jsonl:1: is no row" in texts["index.html"]
+    assert [name for name, text in texts.items() if bytes(tmp_path) in text] == []

@@ -1,5 +1,6 @@
 """Loading runs and adapters, several adapters on one base, training that starts from an adapter, generate.py."""
 
+import io
 import shutil
 from dataclasses import asdict, replace
 
@@ -128,3 +129,10 @@ class TestRuns:
         assert code == 0
         assert "Question: 1 + 1\nAnswer:" in out
         assert out.count("| adapted") == 2
+
+    @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+    def test_typed_bytes_that_are_no_text_are_one_line(self, finished, script, monkeypatch, errors):
+        typed = io.TextIOWrapper(io.BytesIO(b"1 + 1\n1 + \xff\n"), encoding="utf-8", errors=errors)
+        monkeypatch.setattr("sys.stdin", typed)
+        code, _, err = script("scripts/generate.py", finished)
+        assert (code, err) == (2, "error: standard input: has bytes that are no UTF-8; give the text in UTF-8\n")

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from helpers.sweeping import Here
+from helpers.sweeping import Here, times
 
 from tiedlora.errors import UserError
 from tiedlora.records.run_record import read_record
@@ -69,9 +69,12 @@ def test_a_decided_claim_takes_no_further_run_and_an_open_one_goes_on(swept, tmp
     assert status.read_search(swept.path, swept.cells).is_over
     (swept.path / "verdicts.json").unlink()
     assert not status.read_search(swept.path, swept.cells).is_over, "before the verdicts, looks may need more"
-    again = Here()
+    decide(swept, far, Here())
+    again, outputs = Here(), swept.path.parents[1]
+    before = times(outputs)
     decide(swept, far, again)
     assert again.goals == []
+    assert times(outputs) == before, "it is printed from a read-only archive too"
 
 
 def test_other_claims_than_the_planned_ones_are_refused(swept, tmp_path):

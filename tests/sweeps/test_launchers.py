@@ -2,6 +2,8 @@
 
 import signal
 from collections.abc import Sequence
+from contextlib import closing
+from multiprocessing import active_children
 
 import psutil
 import pytest
@@ -17,10 +19,10 @@ from tiedlora.errors import UserError
 from tiedlora.models.device import resolve_device
 from tiedlora.records.rows import read_metrics
 from tiedlora.runs import run
-from tiedlora.sweeps import launching
-from tiedlora.sweeps.cells import SweepCell
+from tiedlora.sweeps import launchers
+from tiedlora.sweeps.cells import Sweep, SweepCell
 from tiedlora.sweeps.expand import compose_sweep
-from tiedlora.sweeps.launching import Slots, launcher_of
+from tiedlora.sweeps.launchers import Slots, launcher_of
 
 
 def results(finished: Sequence[SweepCell]) -> dict[str, tuple[dict[str, str], dict[str, str]]]:
@@ -83,6 +85,27 @@ class TestSlots:
         assert f"{lost.run_id}.json: is missing" in capfd.readouterr().err
         assert not lost.folder.error_file.exists()
 
+    def test_workers_stay_for_the_next_stage_and_end_with_the_sweep(self, finished_run):
+        """Each stage of a search is a call. A new worker would import torch and load the base model again."""
+        swept = Sweep("sweep", [SweepCell((), finished_run("seed=0")), SweepCell((), finished_run("seed=1"))])
+        swept.freeze()
+        swept.control.start(fail_fast=False)
+        goals, pids = [cell.goal for cell in swept.cells], []
+        with closing(Slots(2, None)) as launch:
+            for stage in (goals[:1], goals, goals[1:], goals):
+                launch(swept.path, stage)
+                pids.append({child.pid for child in active_children()})
+            assert (len(pids[0]), len(pids[1])) == (1, 2)
+            assert pids[0] < pids[1] == pids[2] == pids[3]
+            # One that is killed between two stages has a successor.
+            (victim, *_) = active_children()
+            victim.kill()
+            victim.join()
+            launch(swept.path, goals)
+            now = {child.pid for child in active_children()}
+            assert (len(now), len(now & pids[1]), victim.pid in now) == (2, 1, False)
+        assert active_children() == []
+
     def test_each_worker_has_its_device(self, monkeypatch):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         devices = [each["CUDA_VISIBLE_DEVICES"] for each in Slots(n_jobs=3, devices=["4", "7"]).environments]
@@ -107,26 +130,34 @@ class TestSlots:
         assert [visible(device, "4,7") for device in (0, 1)] == ["4", "7"]
         assert visible(1, "GPU-aa, GPU-bb") == "GPU-bb"
         assert visible("GPU-bb", "GPU-aa,GPU-bb") == "GPU-bb"
-        for device, inherited in ((2, "4,7"), (-1, "4,7"), (0, "")):
+        for device, inherited in ((2, "4,7"), (0, "")):
             with pytest.raises(
                 UserError, match=rf"^hydra.launcher.devices: has {device}, but CUDA_VISIBLE_DEVICES={inherited} "
             ):
                 visible(device, inherited)
 
+    @pytest.mark.parametrize("device", ["-1", ""])
+    def test_no_device_is_refused_before_a_cell_fails_on_it(self, monkeypatch, device):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        with pytest.raises(UserError, match=f"^hydra.launcher.devices: has '{device}'; give numbers from 0"):
+            Slots(1, [device])
+
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["joblib_slots", "hydra.launcher.n_jobs=1000000000"], "n_jobs=1000000000: must be less than or equal to 256"),
         (["joblib_slots", "hydra.launcher.n_jobs=-1"], "^hydra.launcher.n_jobs=-1: must be greater than or equal to 1"),
         (["joblib_slots", "hydra.launcher.devices=[0,1,2]"], "devices: has 3 devices for 2 workers; set hydra."),
         (["joblib_slots", "+hydra.launcher.n_job=1"], r"^hydra.launcher.n_job: unknown key \(did you mean n_jobs\?\)"),
         (["ray_tasks"], r"^hydra/launcher=ray_tasks: ray is not installed; run: pip install 'tiedlora\[ray\]'$"),
         (["slurm"], "^hydra/launcher=slurm or submitit_slots: submitit is not installed"),
         (["joblib_slots", "hydra.launcher._target_=collections.Counter"], "is no launcher of sweeps; choose basic"),
+        (["joblib_slots", "hydra.launcher._target_=elsewhere.Slots"], "is no launcher of sweeps; choose basic"),
     ],
 )
 def test_a_launcher_that_cannot_be_used_is_one_line(words, says, monkeypatch):
-    monkeypatch.setattr(launching, "find_spec", lambda package: None)
+    monkeypatch.setattr(launchers, "find_spec", lambda package: None)
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(CONF), **VERSION_BASE):

@@ -7,13 +7,14 @@ import pytest
 import torch
 from helpers import processes
 from helpers.commands import Command, wait_until
+from helpers.sweeping import times
 
 from tiedlora.adapter.attach import Adapted
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.runs import inputs, run, trainer
 from tiedlora.sweeps import launching
-from tiedlora.sweeps.cells import SweepCell
+from tiedlora.sweeps.cells import Sweep, SweepCell
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.launching import work
 
@@ -117,6 +118,16 @@ def test_commands_that_run_nothing_import_no_torch(tiny_run, finish):
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("2 cells: 2 done") == 2
     assert "2 finished before, 0 to run" in ended.stderr
+
+
+def test_a_finished_sweep_is_printed_and_writes_nothing(finished_run, capsys):
+    """Then it is printed from a read-only archive too."""
+    swept = Sweep("sweep", [SweepCell((), finished_run("seed=0")), SweepCell((), finished_run("seed=1"))])
+    outputs = swept.path.parents[1]
+    before = times(outputs)
+    launching.run_sweep(swept, lambda *_: pytest.fail("launched"))
+    assert "2 cells: 2 done" in capsys.readouterr().out
+    assert times(outputs) == before
 
 
 def test_finished_on_other_data_is_not_finished(finished_run, monkeypatch):

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 from helpers.commands import Command, FreshCommand, wait_until
-from helpers.sweeping import Here, cell_of, fail, search_options
+from helpers.sweeping import Here, cell_of, fail, search_options, times
 from omegaconf import OmegaConf
 
 from tiedlora.errors import UserError
@@ -62,9 +62,11 @@ def test_it_runs_a_part_of_the_grid_and_scores_only_the_chosen_runs(searched, ca
 
 def test_the_same_command_continues_and_decides_the_same(searched, tiny_run, tmp_path):
     sweep, _ = searched
-    again = Here()
+    again, outputs = Here(), sweep.path.parents[1]
+    before = times(outputs)
     staged.run_staged(sweep, OPTIONS, again)
     assert again.goals == []
+    assert times(outputs) == before, "it is printed from a read-only archive too"
     other = compose_sweep(tiny_run(*GRID, f"outputs={tmp_path}/other"))
     for stop_before in (2, 5, 8):
         interrupted = Here(stop_before=stop_before - 1)
@@ -172,6 +174,11 @@ def test_a_rate_that_diverges_is_a_result_and_its_run_is_not_repeated(tiny_run, 
     ("option", "message"),
     [
         ({"rungs": [1.5]}, r"hydra\.sweeper\.rungs\.0=1\.5: must be less than 1"),
+        (
+            {"rungs": [0.5, 0.25]},
+            r"hydra\.sweeper: rungs=\[0\.5, 0\.25\] must rise, each once, such as \[0\.25, 0\.5\]",
+        ),
+        ({"rungs": [0.5, 0.5]}, r"hydra\.sweeper: rungs=\[0\.5, 0\.5\] must rise"),
         ({"finalists": 1}, r"hydra\.sweeper\.finalists=1: must be greater than or equal to 2"),
         ({"lowest_rate": 2.0}, r"hydra\.sweeper: highest_rate=1\.0 is below lowest_rate=2\.0"),
         ({"budget": 0}, r"hydra\.sweeper\.budget=0: must be greater than or equal to 1"),
@@ -184,6 +191,12 @@ def test_wrong_options_are_one_line(option, message):
     values = {**asdict(OPTIONS), "claims": "claims.yaml", "budget": None, **option}
     config = OmegaConf.create({"hydra": {"sweeper": {"_target_": "hydra_plugins.sweepers.DecidingSweeper", **values}}})
     with pytest.raises(UserError, match=message):
+        read_options(config)
+
+
+def test_a_sweeper_of_another_module_is_refused_whatever_its_name():
+    config = OmegaConf.create({"hydra": {"sweeper": {"_target_": "elsewhere.StagedSweeper"}}})
+    with pytest.raises(UserError, match=r"^hydra/sweeper: elsewhere\.StagedSweeper is none of ours; choose resuming"):
         read_options(config)
 
 

@@ -31,6 +31,10 @@ ROWS = {  # the bytes of gsm8k/test.jsonl, and words of the message: one for eac
     "a missing field": (b'{"question": "x"}\n', "the field 'answer' is missing (it has question)"),
     "a wrong type": (line(answer=5), "the field 'answer' must be str, not int"),
     "an answer that is not a number": (line(answer="#### 00:03"), "an answer that ends in '#### number'"),
+    "an empty id": (
+        WHOLE + line(id=" "),
+        "test.jsonl:2: the id is empty; give each row its own, or leave the field out",
+    ),
     "an id twice": (line(id=1) + line(id="1"), "the id '1' was used before, at"),
 }
 
@@ -41,6 +45,11 @@ def test_a_wrong_row_is_named_by_file_and_line(what, tmp_path):
     write(tmp_path, "gsm8k", data)
     with refused(says, tmp_path):
         load_examples(task_option("gsm8k"), "test", str(tmp_path))
+
+
+def test_rows_whose_ids_are_null_have_their_numbers(tmp_path):
+    write(tmp_path, "gsm8k", line(id=None) + line(id=None))
+    assert [example.id for example in load_examples(task_option("gsm8k"), "test", str(tmp_path))] == ["0", "1"]
 
 
 def test_hostile_texts_that_are_rows_train_and_score(tmp_path, tiny_run):

@@ -9,7 +9,7 @@ import functools
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -151,12 +151,28 @@ def _with_numbers(tying: Layered, architecture: Architecture) -> Layered:
     return replace(tying, layers=None if len(layers) == architecture.layers else layers)
 
 
+def check_words(overrides: Iterable[str]) -> None:
+    """Refuse an empty mapping as a value: Hydra merges a mapping into the present one, so an empty one changes nothing.
+
+    Raises:
+        UserError: naming the override.
+    """
+    for word in overrides:
+        if re.fullmatch(r"[^=]+=\s*\{\s*\}\s*", word):
+            key = word.partition("=")[0].lstrip("+")
+            raise UserError(
+                f"{word}: an empty mapping is merged into the present one and changes nothing; leave it out, or write "
+                f"{key}=null or ~{key}.NAME to take something away"
+            )
+
+
 def compose_config(overrides: list[str]) -> Config:
     """The configuration that `train.py OVERRIDES` would run; for scripts and tests.
 
     Raises:
         UserError: one line that names the key.
     """
+    check_words(overrides)
     register()
     with readable_errors():
         GlobalHydra.instance().clear()

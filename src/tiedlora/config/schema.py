@@ -13,7 +13,21 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from tiedlora.keys import CHECKED, EXECUTION, Amount, Count, Free, Lines, Name, Number, Pattern, Text, Whole, neutral
+from tiedlora.keys import (
+    CHECKED,
+    EXECUTION,
+    Amount,
+    Count,
+    Distinct,
+    Free,
+    Lines,
+    Name,
+    Number,
+    Pattern,
+    Text,
+    Whole,
+    neutral,
+)
 from tiedlora.tying import Architecture, Scaling, Tying
 
 SPLITS = ("train", "validation", "test")
@@ -209,7 +223,8 @@ class TrainConfig:
     batch_size: Count = 8
     """Rows of an optimizer step."""
     batch_tokens: Count | None = field(default=None, metadata=neutral(None))
-    """Most tokens of an optimizer step, padding included, in addition to batch_size; null sets no limit."""
+    """Most tokens of an optimizer step, padding included, in addition to batch_size; null sets no limit. A row that is
+    longer is a step of its own."""
     microbatch_size: Count | None = field(default=None, metadata=EXECUTION)
     """Rows of a forward pass; null takes the whole batch. It changes memory and rounding only, unless there is dropout:
     each pass draws its own."""
@@ -304,9 +319,9 @@ class ObjectiveConfig:
 class ScoreConfig:
     """Scoring is a separate step, and equal for all configurations of a comparison."""
 
-    splits: list[ScoredSplit] = field(default_factory=lambda: ["validation"], metadata=EXECUTION)
+    splits: Annotated[list[ScoredSplit], Distinct] = field(default_factory=lambda: ["validation"], metadata=EXECUTION)
     """The splits that train.py scores: [validation], or also test when the run is chosen; [] scores nothing."""
-    metrics: list[Text] | None = field(default=None, metadata=EXECUTION)
+    metrics: Annotated[list[Text], Distinct] | None = field(default=None, metadata=EXECUTION)
     """What is scored: null takes the task's own metrics and the loss of the targets. [target_loss] takes only the loss,
     without generation, which is much cheaper. A name of the task's metrics takes all of them."""
     forgetting: Text | None = field(default=None, metadata=EXECUTION)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tiedlora.config.schema import TrainConfig
 from tiedlora.data.encoding import Encoded
+from tiedlora.errors import UserError
 
 BUCKET_BATCHES = 16
 """How many batches are sorted by length together. More batches give rows of more similar length, but a less random
@@ -73,6 +74,20 @@ def split_by_limits(lengths: Sequence[int], rows: int | None, tokens: int | None
             slices.append(slice(start, end))
             start, longest = end, length
     return [*slices, slice(start, len(lengths))] if lengths else []
+
+
+def check_batch_tokens(rows: Sequence[Encoded], train: TrainConfig) -> None:
+    """Refuse a limit on the tokens of a step that no training row can keep.
+
+    Raises:
+        UserError: naming the shortest row's tokens.
+    """
+    shortest = min(map(len, rows))
+    if train.batch_tokens is not None and train.batch_tokens < shortest:
+        raise UserError(
+            f"train.batch_tokens={train.batch_tokens}: the shortest training row has {shortest} tokens already; raise "
+            "it, or limit the rows of a step with train.batch_size"
+        )
 
 
 class BatchSampler:

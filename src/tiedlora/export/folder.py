@@ -120,7 +120,7 @@ def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path,
         return
     if options.form == "peft":
         revision = record.base.revision if config.model.source == "hub" else None
-        to_peft(adapter, out, config.model.path or config.model.name, revision)
+        to_peft(adapter, out, config.model.name, revision)
         return
     if config.model.quantization:
         raise UserError(
@@ -230,7 +230,7 @@ def to_peft(adapter: TiedAdapter, folder: Path | str, base: str, revision: str |
     """Write a folder that `PeftModel.from_pretrained` loads and that gives the same outputs.
 
     Args:
-        base: the name or path of the base model, for programs that load it themselves.
+        base: the name of the base model, for programs that load it themselves. A path would be one of this machine.
         revision: the revision of the base model on the hub.
     """
     layout, tensors, in_layer = layout_of(adapter.architecture), {}, {}

@@ -26,7 +26,7 @@ from tiedlora.analysis.runs import Run
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.rows import PredictionRow
-from tiedlora.text import shortened, visible
+from tiedlora.text import shortened, visible, without_folders
 
 BLOCK = 250
 """Rows of a block of texts."""
@@ -148,7 +148,7 @@ def _columns(
         try:
             rows = run.rows(split, base=group is None)
         except UserError as error:
-            left_out.append(f"{head['name']}: {error}")
+            left_out.append(without_folders(f"{head['name']}: {error}"))
             continue
         if columns and [row.id for row in rows] != [row.id for row in asked]:
             left_out.append(f"{head['name']}: its predictions are of other rows")

@@ -22,7 +22,7 @@ from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.runs import LeftOut
 from tiedlora.analysis.shares import SharePanel, at_least, share_in_words
 from tiedlora.records.interval import MISSING, Interval, Unit
-from tiedlora.text import visible
+from tiedlora.text import visible, without_folders
 
 GIB, MIB = 2**30, 2**20
 
@@ -289,7 +289,7 @@ def results(rows: Iterable[ResultRow]) -> Table:
         Column("retained gain", PERCENT_INTERVAL, lambda row: row.retained),
         Column("retains at least", AT_LEAST, lambda row: row.retains_at_least),
         Column("worth in LoRA", WORTH, lambda row: row.worth),
-        Column("notes", cell=lambda row: "; ".join([*row.group.marks, *row.notes]), wraps=True),
+        Column("notes", cell=lambda row: without_folders("; ".join([*row.group.marks, *row.notes])), wraps=True),
     )
     return Table.of("results", caption, columns, rows)
 
@@ -329,7 +329,7 @@ def verdicts(over_tasks: Iterable[ClaimVerdict]) -> Table:
         Column("model", cell=lambda verdict: verdict.model or None),
         Column("verdict", cell=lambda item: item.verdict.value),
         Column("tasks", WHOLE, lambda verdict: len(verdict.answers)),
-        Column("because", cell=lambda verdict: verdict.reason, wraps=True),
+        Column("because", cell=lambda verdict: without_folders(verdict.reason), wraps=True),
     )
     caption = (
         "Each claim over its tasks. Supported: all were run, and every informative one (at least one) supports it. "
@@ -353,7 +353,7 @@ def claims(answers: Sequence[Answer]) -> Table:
         estimate("contrast at the look's level", lambda answer: answer.contrast, "+"),
         estimate("difference, 95 %", lambda answer: answer.difference, "+"),
         Column("seeds", WHOLE, lambda answer: answer.seeds),
-        Column("because", cell=lambda answer: answer.reason, wraps=True),
+        Column("because", cell=lambda answer: without_folders(answer.reason), wraps=True),
         Column("what would decide it", cell=lambda answer: answer.decide or None, wraps=True),
     )
     caption = (
@@ -391,7 +391,7 @@ def left_out(folders: Iterable[LeftOut]) -> Table:
     """Every folder that is not in the report."""
     columns = (
         Column("folder", cell=lambda folder: folder.path.name),
-        Column("reason", cell=lambda folder: folder.reason, wraps=True),
+        Column("reason", cell=lambda folder: without_folders(folder.reason), wraps=True),
     )
     return Table.of("left-out", "Folders that are not in this report, and why.", columns, folders)
 

@@ -32,7 +32,7 @@ from tiedlora.page import browser, charts, figures, tables
 from tiedlora.page.figures import HERE, Panel
 from tiedlora.page.tables import Table, minus
 from tiedlora.records.interval import MISSING, Interval, Unit
-from tiedlora.text import counted, visible
+from tiedlora.text import counted, visible, without_folders
 
 LISTED = 20
 """The most left-out folders that the terminal names."""
@@ -196,6 +196,7 @@ def render(report: Report, all_tables: Sequence[Table], panels: Sequence[Panel])
         word=word,
         effect=effect,
         numbers=numbers,
+        without_folders=without_folders,
         error_note=error_note(report.answers) if report.answers else "",
         tables=of_name,
         overview=[shown for name, shown in of_name.items() if name.startswith("overview")],

@@ -99,8 +99,8 @@ class Selection:
 
 
 def write_selection(path: Path, selection: Selection) -> None:
-    """Write a selection.json, completely or not at all."""
-    storage.write_json(path, asdict(selection))
+    """Write a selection.json, completely or not at all. One that is the same stays."""
+    storage.write_changed(path, storage.json_bytes(asdict(selection)))
 
 
 def read_selection(path: Path) -> Selection:

@@ -25,7 +25,15 @@ from tiedlora.config.families import layout_of
 from tiedlora.config.identity import adapter_digest, config_tree, identity, run_id
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.config.sizes import missed_budget, trainable_params
-from tiedlora.data.batching import Batch, BatchSampler, collate, empty_batch, even_passes, microbatches
+from tiedlora.data.batching import (
+    Batch,
+    BatchSampler,
+    check_batch_tokens,
+    collate,
+    empty_batch,
+    even_passes,
+    microbatches,
+)
 from tiedlora.data.encoding import Encoded, EncodedRows, Encoder, load_or_encode
 from tiedlora.errors import StoppedEarly, UserError, is_out_of_memory
 from tiedlora.models import attention, products
@@ -186,6 +194,7 @@ class Trainer:
         more_ends = () if rows.examples["validation"][0].choices else self.base.more_ends
         self.encoder = Encoder(self.base.tokenizer, config.task, config.model.context, more_ends)
         self.fitted = self._fit(rows)
+        check_batch_tokens(self.fitted["train"].encoded, config.train)
         # In the order in which `fitted` has them.
         self.train_examples = [rows.examples["train"][number] for number in self.fitted["train"].kept]
         self.examples = {"validation": rows.examples["validation"]}

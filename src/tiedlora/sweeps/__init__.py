@@ -2,7 +2,8 @@
 
     expand.py                from the words of a command to its cells
     cells.py                 a cell, a sweep, and how a person steers it while it runs
-    launching.py             carry a sweep out: its command, its workers, and where these run
+    launching.py             carry a sweep out: its command, and what each worker does
+    launchers.py             start workers: in this process, in others, on other machines
     staged.py                what a search of learning rates launches, and then the seeds that open claims need
     staged_search.py         the decisions of one search, as a pure function
     status.py                the state of every cell, once or again and again

@@ -156,9 +156,8 @@ class Sweep:
         for cell in self.cells if cells is None else cells:
             tree = config_tree(cell.config)
             tree["tracking"]["group"] = tree["tracking"]["group"] or self.id
-            path, data = self.path / "cells" / f"{cell.run_id}.json", storage.json_bytes(tree)
-            if not path.is_file() or storage.read_bytes(path) != data:
-                storage.write_bytes(path, data, flush=False)
+            path = self.path / "cells" / f"{cell.run_id}.json"
+            storage.write_changed(path, storage.json_bytes(tree), flush=False)
 
     def matching(self, patterns: Iterable[str]) -> list[str]:
         """The cells that a person names by their ids, with * and ? as wildcards. A search may have added some of them.

@@ -66,7 +66,7 @@ class SearchOptions(SweepOptions):
     """Those of a search of learning rates."""
 
     rungs: list[Annotated[Number, Field(gt=0, lt=1)]]
-    """Shares of the steps, after which rates that are clearly behind stop."""
+    """Shares of the steps, after which rates that are clearly behind stop, in rising order."""
     finalists: Annotated[Count, Field(ge=2)]
     """The most rates that run at the second seed."""
     lowest_rate: Annotated[Number, Field(gt=0)]
@@ -74,6 +74,8 @@ class SearchOptions(SweepOptions):
     highest_rate: Number
 
     def __post_init__(self) -> None:
+        if any(later <= rung for rung, later in itertools.pairwise(self.rungs)):
+            raise ValueError(f"rungs={self.rungs} must rise, each once, such as {sorted(set(self.rungs))}")
         if self.highest_rate < self.lowest_rate:
             raise ValueError(f"highest_rate={self.highest_rate} is below lowest_rate={self.lowest_rate}")
 
@@ -89,8 +91,12 @@ class DecidingOptions(SearchOptions):
     never cut. None sets no limit."""
 
 
-KINDS = {"ResumingSweeper": SweepOptions, "StagedSweeper": SearchOptions, "DecidingSweeper": DecidingOptions}
-"""A sweeper of hydra_plugins/sweepers.py -> its options."""
+KINDS = {
+    "hydra_plugins.sweepers.ResumingSweeper": SweepOptions,
+    "hydra_plugins.sweepers.StagedSweeper": SearchOptions,
+    "hydra_plugins.sweepers.DecidingSweeper": DecidingOptions,
+}
+"""`_target_` of an option of conf/hydra/sweeper/ -> its options."""
 
 
 def read_options(config: DictConfig) -> SweepOptions:
@@ -100,7 +106,9 @@ def read_options(config: DictConfig) -> SweepOptions:
         UserError: naming the key. Hydra does not know their types.
     """
     values: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=True)
-    kind = KINDS.get(values["_target_"].rpartition(".")[2], SweepOptions)
+    kind = KINDS.get(values["_target_"])
+    if kind is None:
+        raise UserError(f"hydra/sweeper: {values['_target_']} is none of ours; choose resuming, staged or deciding")
     given = {key: value for key, value in values.items() if not key.startswith("_")}
     return from_person(kind, given, [item.name for item in fields(kind)], "hydra.sweeper.")
 
@@ -235,6 +243,7 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], compo
             if key == "+grid" and override.is_sweep_override():
                 raise UserError(f"{override.input_line}: grids are joined as '+grid=[NAME,NAME]', not with a comma")
             axes[key] = [f"{key}={value}" for value in _values(override)]
+            compose.check_words(axes[key])
     if (count := math.prod(map(len, axes.values()))) > MOST_CELLS:
         raise UserError(f"the grid has {count:,} cells, at most {MOST_CELLS:,} are allowed; shorten an axis")
     cells: dict[str, SweepCell] = {}

@@ -1,42 +1,26 @@
-"""Carry out a sweep: what its command does, what each of its workers does, and the launchers, which start workers.
+"""Carry out a sweep: what its command does, and what each of its workers does.
 
 Finished cells are skipped, stopped ones continue, and a cell whose worker died is tried again. A worker takes the next
 free cell and carries it out, until no cell is free. It holds the lock of its cell from the first moment, so no second
 one takes it. The lock ends with its process. A worker that was killed leaves a mark (SweepControl), and the cell is
 tried once more by another one. What workers have done is read only from the cells' folders.
 
-All workers do the same, so a launcher only starts some, in this process, in other processes, or on other machines, and
-waits for them. conf/hydra/launcher/ has the options. The packages of Ray and submitit are optional extras, and are
-imported when they are used.
+All workers do the same, so a launcher (launchers.py) only starts some, in this process, in other processes, or on other
+machines, and waits for them.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-import multiprocessing
-import os
-import re
-import signal
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, fields
-from importlib.util import find_spec
-from multiprocessing import connection
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
 
 from tiedlora import storage
-from tiedlora.config.schema import SLOT_DEVICE
-from tiedlora.errors import STOPPED, StoppedEarly, UserError, drop_output, exit_codes, output_is_closed
-from tiedlora.keys import CHECKED, Count, Text, from_person
+from tiedlora.errors import StoppedEarly, UserError, drop_output, output_is_closed
 from tiedlora.records.run_folder import Busy, RunFolder
 from tiedlora.runs import run
 from tiedlora.runs.inputs import check_same_inputs
@@ -45,7 +29,7 @@ from tiedlora.sweeps.cells import Goal, Sweep, SweepCell, SweepControl, frozen_c
 from tiedlora.tasks import load_examples, load_task
 from tiedlora.text import aligned, clock, visible
 from tiedlora.tracking.run_trackers import check_tracker
-from tiedlora.training.signals import also_stopped_by, stopped_by_signals
+from tiedlora.training.signals import also_stopped_by
 
 log = logging.getLogger(__name__)
 
@@ -78,29 +62,32 @@ def run_sweep(sweep: Sweep, launch: Launch, fail_fast: bool = False) -> None:
 
     finished = {cell.run_id: cell for cell in sweep.cells if cell.finished()}
     unfinished = [cell for cell in sweep.cells if cell.run_id not in finished]
-    errors = changed_inputs(finished.values())
+    errors, control = changed_inputs(finished.values()), sweep.control
     check_scoring(unfinished)
-    sweep.freeze()
-    control = sweep.control
-    control.start(fail_fast)
     wanted = sum(not control.is_dropped(cell.run_id) for cell in unfinished)
     log.info("%s: %d cells, %d finished before, %d to run", sweep.id, len(sweep.cells), len(finished), wanted)
-    leave = threading.Event()
-    progress = threading.Thread(target=_log_progress, args=(sweep, leave), daemon=True)
-    progress.start()
-    try:
-        launch_cells(unfinished, launch, control)
-    except KeyboardInterrupt:
-        print(status.summary_line(sweep.id, [status.status_of(cell, control) for cell in sweep.cells]))
-        raise
-    finally:
-        leave.set()
-        progress.join()
+    first_failure = None
+    # A finished sweep writes nothing, so that a read-only archive can be printed.
+    if unfinished:
+        sweep.freeze()
+        control.start(fail_fast)
+        leave = threading.Event()
+        progress = threading.Thread(target=_log_progress, args=(sweep, leave), daemon=True)
+        progress.start()
+        try:
+            launch_cells(unfinished, launch, control)
+        except KeyboardInterrupt:
+            print(status.summary_line(sweep.id, [status.status_of(cell, control) for cell in sweep.cells]))
+            raise
+        finally:
+            leave.set()
+            progress.join()
+        first_failure = control.first_failure()
     cells = [status.status_of(cell, control) for cell in sweep.cells]
     print(f"\n{aligned(status.rows(cells))}\n\n{status.summary_line(sweep.id, cells)}")
-    ended = {"done", "paused", "dropped"} | ({"missing", "interrupted", "pruned"} if control.first_failure() else set())
+    ended = {"done", "paused", "dropped"} | ({"missing", "interrupted", "pruned"} if first_failure else set())
     errors.update({cell.run_id: cell.error or "" for cell in cells if cell.state not in ended})
-    end_with(errors, len(cells), control)
+    end_with(errors, len(cells), first_failure)
 
 
 def _log_progress(sweep: Sweep, leave: threading.Event) -> None:
@@ -145,16 +132,17 @@ def check_scoring(cells: Iterable[SweepCell]) -> None:
             load_examples(task, "test", config.data_root)
 
 
-def end_with(errors: Mapping[str, str], cells: int, control: SweepControl) -> None:
+def end_with(errors: Mapping[str, str], cells: int, first_failure: str | None) -> None:
     """End a sweep of so many cells.
 
     Args:
         errors: run id -> why it failed.
+        first_failure: the cell that has stopped this sweep; None if no cell has.
 
     Raises:
         SystemExit: with code 1, after naming every cell that failed.
     """
-    if (first_failure := control.first_failure()) is not None:
+    if first_failure is not None:
         print(f"\nfail_fast: {first_failure} failed, so the others stopped; fix it and run this again", file=sys.stderr)
     if errors:
         print(f"\n{len(errors)} of {cells} cells failed or are not done; tracebacks are in error.txt:", file=sys.stderr)
@@ -320,110 +308,6 @@ def run_cell(cell: SweepCell, control: SweepControl) -> None:
     free_memory()
 
 
-@dataclass
-class Slots:
-    """hydra/launcher=joblib_slots: several workers on this machine, each a process with its own device."""
-
-    __pydantic_config__ = CHECKED
-    n_jobs: Count
-    """The number of workers."""
-    devices: list[Text] | None
-    """The device of each worker, in turn. A number counts the devices that this process sees. None leaves
-    CUDA_VISIBLE_DEVICES as it is."""
-
-    def __post_init__(self) -> None:
-        """Raises UserError if there is no such device, or no worker for one of them."""
-        devices = self.devices or []
-        if len(devices) > self.n_jobs:
-            raise UserError(
-                f"hydra.launcher.devices: has {len(devices)} devices for {self.n_jobs} workers; set "
-                f"hydra.launcher.n_jobs={len(devices)}"
-            )
-        self.environments: list[dict[str, str]] = [{} for _ in range(self.n_jobs)]
-        """The variables that each worker has in addition to those of this process."""
-        inherited = os.environ.get("CUDA_VISIBLE_DEVICES")
-        given = [item.strip() for item in (inherited or "").split(",") if item.strip()]
-        for environment, device in zip(self.environments, itertools.cycle(devices), strict=False):
-            visible = device
-            # A cluster sets the variable to the devices of the job, so a number must not reach beyond them. Other
-            # names, such as a GPU's UUID, stay.
-            if inherited is not None and re.fullmatch(r"-?\d+", device):
-                if not 0 <= int(device) < len(given):
-                    raise UserError(
-                        f"hydra.launcher.devices: has {device}, but CUDA_VISIBLE_DEVICES={inherited} gives "
-                        f"{len(given)} devices to this process; number them from 0"
-                    )
-                visible = given[int(device)]
-            environment.update({"CUDA_VISIBLE_DEVICES": visible, SLOT_DEVICE: device})
-
-    def __call__(self, folder: Path, goals: Sequence[Goal]) -> None:
-        """Run the workers. One that is killed is replaced, and the others are not affected.
-
-        Raises:
-            KeyboardInterrupt: after every running cell has ended or saved its checkpoint.
-            UserError: a worker could not go on. The running cells have ended as above.
-        """
-        # New interpreters: a fork of a process that has used torch may wait for ever for its threads.
-        context = multiprocessing.get_context("spawn")
-        waiting, killed = self.environments[: len(goals)], 0
-        running: dict[int, tuple[SpawnProcess, dict[str, str]]] = {}
-        try:
-            while waiting or running:
-                while waiting:
-                    environment = waiting.pop()
-                    process = context.Process(target=_slot, args=(environment, folder, goals))
-                    process.start()
-                    running[process.sentinel] = process, environment
-                ready = connection.wait(running)
-                for sentinel in [each for each in running if each in ready]:
-                    process, environment = running.pop(sentinel)
-                    process.join()
-                    code = process.exitcode or 0
-                    if code == STOPPED:
-                        raise KeyboardInterrupt
-                    if code < 0 and killed < STARTS * len(goals):
-                        # The next one tries its cell once more. No cell is tried for ever.
-                        killed += 1
-                        log.warning("a worker was killed, and another one takes its place")
-                        waiting.append(environment)
-                    elif code != 0:
-                        raise UserError(
-                            f"a worker of hydra/launcher=joblib_slots has ended with exit code {code}, for the reason "
-                            "above; the same command continues"
-                        )
-        finally:
-            for process, _ in running.values():
-                process.terminate()
-            for process, _ in running.values():
-                process.join()
-
-
-def _slot(environment: Mapping[str, str], folder: Path, goals: Sequence[Goal]) -> None:
-    """One worker of Slots, in its process."""
-    os.environ.update(environment)
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
-    with exit_codes():
-        try:
-            with stopped_by_signals():
-                logged_work(folder, goals)
-        except KeyboardInterrupt:
-            # The command says it, once for all workers.
-            raise SystemExit(STOPPED) from None
-
-
-def _stop_with_parent() -> None:
-    """Without this, workers would go on with the sweep after its command was killed."""
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def check_installed(package: str, option: str, extra: str) -> None:
-    """Raises UserError if an optional package is not installed."""
-    if find_spec(package) is None:
-        raise UserError(f"hydra/launcher={option}: {package} is not installed; run: pip install 'tiedlora[{extra}]'")
-
-
 def logged_work(folder: Path, goals: Sequence[Goal]) -> None:
     """`work` in a process of its own, with the log lines of a run."""
     # It imports tqdm, and a single run loads this module too.
@@ -431,136 +315,3 @@ def logged_work(folder: Path, goals: Sequence[Goal]) -> None:
 
     show_log()
     work(folder, goals)
-
-
-@dataclass
-class RayTasks:
-    """hydra/launcher=ray_tasks: Ray starts as many workers as its CPUs and GPUs allow, 256 at most."""
-
-    __pydantic_config__ = CHECKED
-    ray: dict[str, dict[str, Any]]
-    """The arguments of ray.init and of ray.remote."""
-
-    def __post_init__(self) -> None:
-        check_installed("ray", "ray_tasks", "ray")
-
-    def __call__(self, folder: Path, goals: Sequence[Goal]) -> None:
-        """Run the workers.
-
-        Raises:
-            RayError: a worker was killed or failed. All workers have ended.
-        """
-        import ray  # noqa: PLC0415
-
-        if not ray.is_initialized():
-            ray.init(**self.ray["init"])
-        worker, shared = ray.remote(**self.ray["remote"])(logged_work), ray.put(goals)
-        # Those that start when no cell is left end at once.
-        tasks = [worker.remote(folder, shared) for _ in goals[:256]]
-        ray.wait(tasks, num_returns=len(tasks))
-        ray.get(tasks)
-
-
-@dataclass
-class SubmititJobs:
-    """hydra/launcher=slurm and submitit_slots: workers in submitit's jobs, in Slurm's queue or on this machine."""
-
-    cluster: str
-    """slurm, or local."""
-    jobs_at_once: Count
-    """The most workers."""
-    submitit_folder: str
-    parameters: dict[str, Any]
-    """Those of submitit's executor, without the cluster's name before them."""
-
-    def __post_init__(self) -> None:
-        check_installed("submitit", "slurm or submitit_slots", "slurm")
-
-    def __call__(self, folder: Path, goals: Sequence[Goal]) -> None:
-        """Run the workers.
-
-        Raises:
-            RuntimeError: a worker was killed or failed. All workers have ended.
-            KeyboardInterrupt: on this machine, after every running cell has ended or saved its checkpoint. In Slurm's
-                queue the jobs go on.
-        """
-        import submitit  # noqa: PLC0415
-
-        of_every_queue = (
-            *("timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name"),
-            "stderr_to_stdout",
-        )
-        given = {key: value for key, value in self.parameters.items() if value is not None}
-        named = {key if key in of_every_queue else f"{self.cluster}_{key}": value for key, value in given.items()}
-        of_executor = {key: named.pop(key) for key in list(named) if key.endswith("max_num_timeout")}
-        executor = submitit.AutoExecutor(folder=self.submitit_folder, cluster=self.cluster, **of_executor)
-        executor.update_parameters(**named)
-        count = min(self.jobs_at_once, len(goals))
-        jobs = executor.map_array(Job(self.cluster == "local"), [folder] * count, [list(goals)] * count)
-        try:
-            errors = [error for job in jobs if (error := job.exception()) is not None]
-        except KeyboardInterrupt:
-            if self.cluster == "local":
-                for job in jobs:
-                    # The id is that of a process, which passes the signal to the job. It may have ended.
-                    with suppress(ProcessLookupError):
-                        os.kill(int(job.job_id), signal.SIGTERM)
-                for job in jobs:
-                    job.wait()
-            raise
-        if errors:
-            raise RuntimeError(str(errors[0]).strip().splitlines()[0])
-
-
-class Job:
-    """A worker as submitit calls it."""
-
-    def __init__(self, is_local: bool) -> None:
-        self.is_local = is_local
-
-    def __call__(self, folder: Path, goals: Sequence[Goal]) -> None:
-        """Work until no cell is free."""
-        if self.is_local:
-            # Submitit ignores it, and on this machine it comes from the command that was stopped.
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            logged_work(folder, goals)
-        except KeyboardInterrupt as stop:
-            if stop.args:
-                # What submitit's own handler has raised. It expects an error, and writes it down as the job's end.
-                raise RuntimeError(str(stop)) from None
-            raise
-
-    def checkpoint(self, folder: Path, goals: Sequence[Goal]) -> Any:
-        """What is queued again after a time limit or a preemption: the same, because the cells' folders have the rest.
-
-        submitit calls this method by its name.
-        """
-        from submitit.helpers import DelayedSubmission  # noqa: PLC0415
-
-        return DelayedSubmission(self, folder, goals)
-
-
-LAUNCHERS = {"Slots": Slots, "RayTasks": RayTasks, "SubmititJobs": SubmititJobs}
-
-
-def launcher_of(config: DictConfig) -> Launch:
-    """The launcher that the configuration of a sweep names. Hydra's own default works in this process.
-
-    Raises:
-        UserError: it is none of ours, an argument is wrong, or its package is not installed.
-    """
-    option = config.hydra.runtime.choices["hydra/launcher"]
-    if option == "basic":
-        return work
-    values: Any = OmegaConf.to_container(config.hydra.launcher, resolve=True)
-    kind = LAUNCHERS.get(values.pop("_target_").rpartition(".")[2])
-    if kind is None:
-        raise UserError(
-            f"hydra/launcher={option}: is no launcher of sweeps; choose basic, joblib_slots, ray_tasks, slurm or "
-            "submitit_slots"
-        )
-    names = [item.name for item in fields(kind)]
-    if "parameters" in names:
-        values["parameters"] = {key: values.pop(key) for key in list(values) if key not in names}
-    return from_person(kind, values, names, "hydra.launcher.")

@@ -133,9 +133,9 @@ class StagedSweep:
         self.sweep, self.launch, self.control = sweep, launch, sweep.control
         self._finished_before = {cell.run_id for cell in sweep.cells if cell.folder.result_file.exists()}
         """The runs that this command has found finished. Their inputs are checked at the end."""
-        sweep.freeze()
-        self.control.start(options.fail_fast)
+        self._fail_fast = options.fail_fast
         self._launched: set[Goal] = set()
+        """Empty until the first launch. Before it nothing is written, so a read-only archive can be printed."""
         self.searches: list[Search] = []
         for name, cells in rate_groups(sweep.cells).items():
             self.searches.append(Search(name, cells, options, seeds))
@@ -173,7 +173,7 @@ class StagedSweep:
         Raises:
             UserError: test rows are missing or wrong. Nothing has run then.
         """
-        if self.control.first_failure() is not None:
+        if self._first_failure() is not None:
             return False
         new = [cell for cell in cells if cell.goal not in self._launched]
         if not new:
@@ -182,6 +182,9 @@ class StagedSweep:
             return bool(busy)
         if not self._launched:
             check_scoring(self.sweep.cells)
+            self.sweep.freeze()
+            self.control.start(self._fail_fast)
+            (self.sweep.path / VERDICTS_FILE).unlink(missing_ok=True)
         log.info("%s: %s", self.sweep.id, what)
         # Rates beyond the grid are not frozen yet.
         grid, splits = {cell.run_id for cell in self.sweep.cells}, self.sweep.cells[0].config.score.splits
@@ -189,6 +192,10 @@ class StagedSweep:
         self._launched.update(cell.goal for cell in new)
         launch_cells(new, self.launch, self.control)
         return True
+
+    def _first_failure(self) -> str | None:
+        """The cell that has stopped this command. What an earlier one has left counts no more."""
+        return self.control.first_failure() if self._launched else None
 
     def selection(self) -> Selection:
         """The choices and decisions so far."""
@@ -216,7 +223,7 @@ class StagedSweep:
         without = [search.name for search in self.searches if not search.stage.requests and search.stage.chosen is None]
         for name in without:
             print(f"{name}: every rate diverged; add lower ones with train.lr=", file=sys.stderr)
-        end_with(errors, len(used) + len(asked), self.control)
+        end_with(errors, len(used) + len(asked), self._first_failure())
         if without:
             raise SystemExit(1)
 
@@ -225,7 +232,7 @@ class StagedSweep:
             return "dropped, but the search needs it; put it back with scripts/sweep.py retry"
         if cell.state() == "failed":
             return cell.folder.error()
-        if self.control.first_failure() is not None:
+        if self._first_failure() is not None:
             return "stopped, because another cell failed"
         return "stopped without the losses or scores that the search needs; the same command continues it"
 
@@ -271,7 +278,6 @@ def run_deciding(sweep: Sweep, options: DecidingOptions, launch: Launch) -> None
     # Rates are searched at the seeds of the earliest look.
     seeds = list(min(planned, key=lambda claim: claim.plan.looks[0]).plan.of_look(0))
     _write_plan(sweep.path / PLAN_FILE, path, planned, seeds, budget)
-    (sweep.path / VERDICTS_FILE).unlink(missing_ok=True)
     staged = StagedSweep(sweep, options, launch, seeds)
     staged.search()
     used = {search.cell(*asked).run_id for search in staged.searches for asked in search.stage.asked}
@@ -299,7 +305,7 @@ def run_deciding(sweep: Sweep, options: DecidingOptions, launch: Launch) -> None
         }
         for answer, cells in states
     ]
-    storage.write_json(sweep.path / VERDICTS_FILE, verdicts)
+    storage.write_changed(sweep.path / VERDICTS_FILE, storage.json_bytes(verdicts))
     print(f"\n{staged.summary()}\n")
     for answer, _ in states:
         verdict = "futile" if answer.is_futile else str(answer.verdict)

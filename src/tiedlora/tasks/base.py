@@ -82,8 +82,9 @@ class Task:
         return [DataRow(f"{hub.id}[{name}] row {i}", dict(row)) for i, row in enumerate(table)]
 
     def row_id(self, row: DataRow, number: int) -> str:
-        """The row's name in predictions: its own id, or its number in the split (counted from 0)."""
-        return str(row.fields.get("id", number))
+        """The row's name in predictions: its own id, or without one its number in the split (counted from 0)."""
+        own = row.fields.get("id")
+        return str(number if own is None else own)
 
     def group_id(self, row_id: str) -> str:
         """The group of a row. Rows of one group must have the same prompt, and become one example with all references.

@@ -127,6 +127,8 @@ def _examples(task: Task, rows: list[DataRow]) -> Iterator[Example]:
     places: dict[str, str] = {}
     for number, row in enumerate(rows):
         id = task.row_id(row, number)
+        if not id.strip():
+            raise UserError(f"{row.where}: the id is empty; give each row its own, or leave the field out")
         if id in places:
             raise UserError(f"{row.where}: the id '{id}' was used before, at {places[id]}; make ids unique")
         places[id] = row.where

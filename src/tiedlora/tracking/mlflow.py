@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,8 @@ from tiedlora.errors import UserError
 from tiedlora.records.rows import MetricsRow
 from tiedlora.tracking.run_trackers import Answers, TrackedRun, Tracker
 
-# Without these, MLflow would report its use, and wait minutes for a server that is away. It reads them on import.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-
-try:
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric, Param
-except ImportError:
-    raise UserError("tracking=mlflow: mlflow is not installed; run: pip install 'tiedlora[mlflow]'") from None
+if find_spec("mlflow") is None:
+    raise UserError("tracking=mlflow: mlflow is not installed; run: pip install 'tiedlora[mlflow]'")
 
 ID_TAG = "tiedlora_run_id"
 LONGEST_PARAM = 500
@@ -49,6 +42,14 @@ class MlflowTracker(Tracker):
 
     def start(self, run: TrackedRun, earlier: Sequence[MetricsRow]) -> None:
         """Open the run. An earlier run with this id is deleted, because all its rows come again."""
+        # Without these, MLflow would report its use, and wait minutes for a server that is away. It reads them when it
+        # is imported, so it is imported here.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        from mlflow import MlflowClient  # noqa: PLC0415
+        from mlflow.entities import Param  # noqa: PLC0415
+
         # The database's migrations log many lines.
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -72,6 +73,8 @@ class MlflowTracker(Tracker):
         self.log(earlier)
 
     def log(self, rows: Sequence[MetricsRow]) -> None:
+        from mlflow.entities import Metric  # after `start`, as there  # noqa: PLC0415
+
         now = int(1000 * time.time())
         metrics = [Metric(key, value, now, row.step) for row in rows for key, value in row.values.items()]
         for first in range(0, len(metrics), MOST_METRICS):

@@ -16,10 +16,6 @@ from tiedlora.errors import UserError
 from tiedlora.records.rows import MetricsRow
 from tiedlora.tracking.run_trackers import Answers, TrackedRun, Tracker, is_logged_in
 
-# How many seconds W&B's server may delay the start and the end of a run. `wandb sync` can upload the rest later.
-os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")
-os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
-
 try:
     import wandb
 except ImportError:
@@ -38,6 +34,9 @@ class WandbTracker(Tracker):
 
     def start(self, run: TrackedRun, earlier: Sequence[MetricsRow]) -> None:
         """Open the W&B run. It is offline if this machine is not logged in, or if W&B refuses or cannot be reached."""
+        # How many seconds its server may delay the start and the end. `wandb sync` can upload the rest later.
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
         offline_runs = f"{run.folder}/wandb/offline-run-*"
         if "WANDB_MODE" not in os.environ and not is_logged_in():
             # This must be a variable of the environment, not an argument: only then does wandb make no network call.
