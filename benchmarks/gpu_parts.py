@@ -180,7 +180,7 @@ def training(plan: Plan, model: str, variant: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, algorithms:
         trained = harness.train(config, Path(folder))
         figures = speed_in(Path(folder), plan)
-    rows = trained.fitted["train"].encoded
+    rows = trained.loaded.rows["train"].encoded
     sampler = BatchSampler([len(row) for row in rows], config.train, config.seed)
     numbers = [n for step in range(plan.skipped + 1, config.train.steps + 1) for n in sampler.rows_of_step(step)]
     a = config.model.architecture

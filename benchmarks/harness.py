@@ -13,18 +13,20 @@ from tiedlora.models.base_model import BaseModel
 from tiedlora.models.device import resolve_device
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs.inputs import read_rows
-from tiedlora.runs.trainer import Trainer, cached_base
+from tiedlora.runs.loading import cached_base, load
+from tiedlora.runs.trainer import Training, begin
 from tiedlora.tasks import Example
-from tiedlora.training.distributed import World
+from tiedlora.training.distributed import ALONE
 from tiedlora.training.signals import StopSignal
 
 
-def train(config: Config, folder: Path) -> Trainer:
+def train(config: Config, folder: Path) -> Training:
     """Train as in train.py, without scoring. `folder` becomes the run's folder."""
-    trainer = Trainer(config, World())
-    with StopSignal() as stop, products.on_any_cpu(trainer.device, config.train.dtype):
-        trainer.train(RunFolder(folder), folder / "checkpoint", stop)
-    return trainer
+    loaded = load(config, ALONE)
+    with StopSignal() as stop, products.on_any_cpu(loaded.device, config.train.dtype):
+        training = begin(config, loaded, RunFolder(folder), folder / "checkpoint")
+        training.train(stop)
+    return training
 
 
 def base_model(config: Config) -> BaseModel:

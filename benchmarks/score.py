@@ -50,7 +50,7 @@ def train(folder: Path, *overrides: str) -> None:
     from tiedlora.export.folder import to_peft
 
     short = ("train.steps=20", "train.validation_rows=1", "train.validate_every=0")
-    arm = harness.train(config("bfloat16", *short, *overrides), folder / "run").arm
+    arm = harness.train(config("bfloat16", *short, *overrides), folder / "run").loaded.arm
     assert isinstance(arm, Attached)
     arm.save_pretrained(folder / "ours")
     to_peft(arm.adapter, folder / "theirs", "base")

@@ -61,7 +61,7 @@ def ours(dtype: str, tying: str, steps: int, *overrides: str) -> dict[str, Any]:
         metrics = [row.values for row in read_metrics(Path(folder) / "metrics.jsonl")]
     rows = [values for values in metrics if "train/loss" in values]
     first_timed, last = rows[SKIPPED - 1], rows[-1]
-    encoded = trained.fitted["train"].encoded
+    encoded = trained.loaded.rows["train"].encoded
     sampler = BatchSampler([len(row) for row in encoded], config.train, config.seed)
     lengths = [len(encoded[number]) for step in range(SKIPPED + 1, steps + 1) for number in sampler.rows_of_step(step)]
     tokens = last["train/tokens"] - first_timed["train/tokens"]

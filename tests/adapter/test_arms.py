@@ -19,9 +19,9 @@ from tiedlora.config.schema import LrFactors
 from tiedlora.config.sizes import nearest_size, trainable_params
 from tiedlora.errors import UserError
 from tiedlora.models.base_model import load_base
-from tiedlora.runs import run, trainer
+from tiedlora.runs import loading, run
 from tiedlora.runs.inputs import SingleSlotCache
-from tiedlora.runs.trainer import check_scores_mean_something
+from tiedlora.runs.loading import check_scores_mean_something
 
 # Blocks of these sizes do not fit the tiny model, or it has too few layers. They are tried on a random model with the
 # sizes of SmolLM2-135M.
@@ -238,9 +238,9 @@ def test_arguments_are_set_on_the_command_line(words):
 
 def test_a_run_that_fails_leaves_no_base_for_the_next(tiny_config, finish, monkeypatch):
     alone = finish(tiny_config("tying=TAB"))
-    monkeypatch.setattr(trainer, "_BASE", SingleSlotCache())
+    monkeypatch.setattr(loading, "_BASE", SingleSlotCache())
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "trainable_params", lambda _: 1)
+        patch.setattr(loading, "trainable_params", lambda _: 1)
         with pytest.raises(AssertionError, match="expected 1"):
             run.main(tiny_config("tying=TABuv"))
     again = run.main(tiny_config("tying=TAB", "force=true"))

@@ -17,7 +17,7 @@ from tiedlora.data.batching import microbatches
 from tiedlora.data.encoding import Encoded
 from tiedlora.errors import UserError
 from tiedlora.models.base_model import load_base
-from tiedlora.runs.trainer import Trainer
+from tiedlora.runs.loading import load
 from tiedlora.scoring.decoding import choice_log_likelihoods
 from tiedlora.training.distributed import World
 from tiedlora.training.loss import row_losses, target_loss
@@ -162,4 +162,4 @@ def test_several_processes_cannot_spread_one_model(tiny_config):
     config = tiny_config("model.source=hub", "model.device_map=auto")
     assert run_id(config) == run_id(tiny_config("model.source=hub")), "where the weights are is not in the identity"
     with pytest.raises(UserError, match=r"^model.device_map=auto: every process would spread"):
-        Trainer(config, World(0, 2))
+        load(config, World(0, 2))

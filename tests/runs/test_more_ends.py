@@ -9,7 +9,7 @@ from helpers.tiny import folder_of, saved_tiny, score_more, tiny
 from tiedlora.models.base_model import BaseModel
 from tiedlora.records.rows import read_predictions
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import run, trainer, verify
+from tiedlora.runs import loading, run, verify
 from tiedlora.runs.inputs import SingleSlotCache
 
 ENDS = sorted(tiny("tiny_llama").tokenizer(string.ascii_letters, add_special_tokens=False).input_ids)
@@ -22,7 +22,7 @@ def config(tiny_config, tmp_path, monkeypatch):
     ends = [tiny("tiny_llama").tokenizer.eos_token_id, *ENDS]
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     # No model in memory, as in another process.
-    monkeypatch.setattr(trainer, "_BASE", SingleSlotCache())
+    monkeypatch.setattr(loading, "_BASE", SingleSlotCache())
     return tiny_config("model.source=hub", f"model.path={tmp_path}/model", "score.metrics=[exact_match_strict]")
 
 

@@ -14,7 +14,7 @@ from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.rows import read_metrics, read_predictions, read_validation_losses
-from tiedlora.runs import inputs, run, trainer
+from tiedlora.runs import inputs, loading, run
 from tiedlora.runs.inputs import SingleSlotCache
 from tiedlora.tasks.generated import Generated
 
@@ -155,6 +155,6 @@ def test_a_run_is_not_scored_with_another_chat_template(tiny_config, tmp_path, m
     assert len(record.versions["chat template"]) == 16
     (tmp_path / "model" / "chat_template.jinja").write_text("<<{{ messages[0]['content'] }}>>")
     # As in another process, which has no model in memory.
-    monkeypatch.setattr(trainer, "_BASE", SingleSlotCache())
+    monkeypatch.setattr(loading, "_BASE", SingleSlotCache())
     with pytest.raises(UserError, match="was trained with another chat template of the model; restore it"):
         score_more(folder_of(config), splits=["test"])

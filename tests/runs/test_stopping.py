@@ -19,7 +19,7 @@ from tiedlora.models import device
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
-from tiedlora.runs.trainer import Trainer
+from tiedlora.runs.trainer import Training
 from tiedlora.scoring.split import Scorer
 from tiedlora.training.signals import SIGNALS, StopSignal
 
@@ -75,14 +75,14 @@ class Finder:
             send()
 sys.meta_path.insert(0, Finder)
 """,
-    "loading": "from tiedlora.runs import trainer; trainer.cached_base = send",
+    "loading": "from tiedlora.runs import loading; loading.cached_base = send",
     "leaving a destructor": """
 class Late:
     __del__ = send
 def load(*_):
     Late()
     time.sleep(60)
-from tiedlora.runs import trainer; trainer.cached_base = load
+from tiedlora.runs import loading; loading.cached_base = load
 """,
     "printing a finished run": "from tiedlora.runs import run; run.terminal_lines = send",
 }
@@ -152,14 +152,14 @@ def test_a_signal_during_the_last_validation_stops_before_the_scoring(tiny_confi
     """Slurm waits for two minutes only, and the scoring may take longer."""
     finish(tiny_config(f"outputs={tmp_path}/plain"))
     config = tiny_config()
-    folder, validate = folder_of(config), Trainer._validate
+    folder, validate = folder_of(config), Training._validate
 
     def signalled(training):
         if training.state.step == config.train.steps:
             os.kill(os.getpid(), signal.SIGTERM)
         return validate(training)
 
-    monkeypatch.setattr(Trainer, "_validate", signalled)
+    monkeypatch.setattr(Training, "_validate", signalled)
     monkeypatch.setattr(device, "peak_memory_bytes", lambda _: 2**50)
     with pytest.raises(StoppedEarly):
         run.main(config)

@@ -12,7 +12,7 @@ from helpers.sweeping import times
 from tiedlora.adapter.attach import Adapted
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
-from tiedlora.runs import inputs, run, trainer
+from tiedlora.runs import inputs, loading, run
 from tiedlora.sweeps import launching
 from tiedlora.sweeps.cells import Sweep, SweepCell
 from tiedlora.sweeps.expand import compose_sweep
@@ -142,11 +142,11 @@ class TestOneProcess:
     """Cells in one process share the data that they load."""
 
     def test_the_base_is_loaded_once_and_left_as_it_was(self, tiny_config, monkeypatch):
-        trainer._BASE.clear()
+        loading._BASE.clear()
         first = tiny_config("tying=LoRA")
-        base = trainer.cached_base(first, torch.device("cpu"))
+        base = loading.cached_base(first, torch.device("cpu"))
         before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
-        monkeypatch.setattr(trainer, "load_base", lambda *_: pytest.fail("loaded again"))
+        monkeypatch.setattr(loading, "load_base", lambda *_: pytest.fail("loaded again"))
         run.main(first)
         with pytest.raises(UserError, match=r"lower train\.lr"):
             run.main(tiny_config("tying=TABuv", "train.lr=1000", "train.clip=null", "train.steps=20"))
@@ -158,7 +158,7 @@ class TestOneProcess:
         assert not any(isinstance(module, Adapted) or module._forward_pre_hooks for module in base.model.modules())
 
     def test_reused_parts_change_no_result(self, tiny_config, tmp_path):
-        for cache in (trainer._BASE, inputs._ROWS, trainer.TOKENS):
+        for cache in (loading._BASE, inputs._ROWS, loading.TOKENS):
             cache.clear()
         alone = run.main(tiny_config("tying=TABuv", f"outputs={tmp_path}/alone"))
         run.main(tiny_config("tying=LoRA"))

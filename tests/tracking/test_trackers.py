@@ -1,10 +1,13 @@
 """Any tracker, W&B's or a new one: metrics.jsonl is written first, and the tracker gets a copy of it."""
 
+import copy
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from helpers.forks import forked_world
+from helpers.tiny import folder_of
 
 from tiedlora.errors import UserError
 from tiedlora.records.rows import NOT_GENERATED, MetricsRow, PredictionRow, read_metrics, write_predictions
@@ -140,8 +143,21 @@ def test_a_run_that_fails_ends_its_tracker_as_failed_and_a_pause_is_no_failure(f
     assert run.main(faked("train.pause_after=2")) is None
     monkeypatch.setattr("tiedlora.training.loop.Loop.train", fail)
     with pytest.raises(RuntimeError, match="in the loop"):
-        trainer.carry_out(faked())
+        trainer.carry_out(faked(), folder_of(faked()))
     assert [tracker.finished for tracker in fake] == [[({}, 0)], [({}, 1)]]
+
+
+def test_of_several_processes_only_the_first_has_a_tracker_and_none_changes_its_configuration(faked, fake):
+    config = faked()
+    before = copy.deepcopy(config)
+
+    def act(rank):
+        run.main(config)
+        assert len(fake) == (rank == 0)
+        assert config == before
+
+    ended = forked_world(act)
+    assert [code for code, _ in ended] == [0, 0], ended
 
 
 def test_long_names_are_cut_to_tags_that_wandb_takes(faked):

@@ -13,7 +13,7 @@ from tiedlora.errors import UserError
 from tiedlora.records.rows import read_predictions, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, trainer
-from tiedlora.runs.trainer import Trainer
+from tiedlora.runs.loading import load
 from tiedlora.scoring import decoding
 from tiedlora.scoring.split import in_shares
 from tiedlora.training import checkpoint, distributed
@@ -43,9 +43,9 @@ class TestResume:
         """The configuration of the run. Its validation loss grows with every step."""
         config = tiny_config("score.checkpoint=best", "train.validate_every=1")
 
-        trainers, row_losses = [], trainer.Trainer._row_losses
-        monkeypatch.setattr(trainer.Trainer, "_row_losses", lambda self: trainers.append(self) or row_losses(self))
-        monkeypatch.setattr(trainer, "mean_loss", lambda _: float(trainers[-1].parts["qkv.B"].detach().abs().sum()))
+        loaded, begin = [], trainer.begin
+        monkeypatch.setattr(trainer, "begin", lambda *parts: loaded.append(parts[1]) or begin(*parts))
+        monkeypatch.setattr(trainer, "mean_loss", lambda _: float(loaded[-1].parts["qkv.B"].detach().abs().sum()))
         votes = []
         with monkeypatch.context() as patch:
             patch.setattr(StopSignal, "requested", lambda self: votes.append(1) or len(votes) >= 3)
@@ -166,7 +166,7 @@ class TestShard:
     def test_each_process_holds_half_of_every_block_and_all_of_the_adapter(self, shared):
         def held(rank):
             with distributed.join_world(cuda=False) as world:
-                loaded = Trainer(shared, world)
+                loaded = load(shared, world)
                 for name, parameter in loaded.arm.model.named_parameters():
                     inside = name.startswith("model.layers.")
                     assert isinstance(parameter, DTensor) is inside, name

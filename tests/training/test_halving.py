@@ -3,6 +3,8 @@
 Here a pass above a number of tokens fails as torch's allocator does. tests/drills/test_faults.py sets real limits.
 """
 
+from dataclasses import replace
+
 import pytest
 from helpers.forks import forked_world, killed_after
 from helpers.tiny import folder_of, losses_of
@@ -131,13 +133,12 @@ def test_a_single_row_that_does_not_fit_ends_the_run_with_a_line(tiny_config, mo
 def test_a_validation_row_that_does_not_fit_ends_the_run(tiny_config, monkeypatch):
     """The row is longer than all others of a batch together, so batches of other rows are halved until it is clear."""
 
-    def with_a_long_row(self, *args, begin=trainer.Trainer.train):
-        rows = self.fitted["validation"]
-        first, *others = rows.encoded
-        self.fitted["validation"] = rows._replace(encoded=[Encoded(first.prompt * 30, first.target), *others])
-        return begin(self, *args)
+    def with_a_long_row(*args, begin=trainer.begin):
+        training = begin(*args)
+        first, *others = training.held_out
+        return replace(training, held_out=[Encoded(first.prompt * 30, first.target), *others])
 
-    monkeypatch.setattr(trainer.Trainer, "train", with_a_long_row)
+    monkeypatch.setattr(trainer, "begin", with_a_long_row)
     too_small(monkeypatch, "row_losses", 500)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         run.main(tiny_config(*SPARSE))

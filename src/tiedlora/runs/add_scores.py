@@ -18,7 +18,7 @@ from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import ADAPTER, RunRecord, SplitScores
 from tiedlora.runs import library
 from tiedlora.runs.inputs import read_rows, warn_of_trained_rows
-from tiedlora.runs.trainer import cached_base, check_scores_mean_something
+from tiedlora.runs.loading import cached_base, check_scores_mean_something
 from tiedlora.scoring.passages import check_source
 from tiedlora.scoring.passes import missing_passes, wanted_passes
 from tiedlora.scoring.split import Scorer

@@ -48,7 +48,7 @@ def main(config: Config) -> RunRecord | None:
         from tiedlora.runs import trainer  # noqa: PLC0415
 
         try:
-            record = trainer.carry_out(config)
+            record = trainer.carry_out(config, folder)
         except Paused:
             print(f"paused after step {config.train.pause_after}: {folder.path}")
             return None

@@ -93,6 +93,12 @@ class Loop:
     world: World = ALONE
     """The processes that train together. Each draws its own dropout masks."""
 
+    def __post_init__(self) -> None:
+        self._parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self._pending: list[_StepNumbers] = []
+        """The numbers of the steps that are not logged yet."""
+        self._clock_started = time.perf_counter()
+
     def train(self) -> None:
         """Train to config.steps.
 
@@ -106,9 +112,6 @@ class Loop:
             StoppedEarly: `stop_requested` returned true; a checkpoint of the last finished step is written.
         """
         state, config, optimizer = self.state, self.config, self.optimizer
-        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self._pending: list[_StepNumbers] = []
-        """The numbers of the steps that are not logged yet."""
         if not state.validation:
             self._validate()
         self._clock_started = time.perf_counter()
