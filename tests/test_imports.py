@@ -11,9 +11,9 @@ SRC = Path(__file__).parents[1] / "src"
 HOUSE = SRC / "tiedlora"
 ORDER = (
     *("sweeps", "page", "runs", "scoring", "export", "analysis", "training", "tracking"),
-    *("data", "models", "tasks", "adapter", "records", "config"),
+    *("data", "models", "tasks", "records", "config", "adapter"),
     # The modules of tiedlora itself. They import no package.
-    *("tying", "keys", "text", "storage", "errors"),
+    *("other_methods", "families", "tying", "description", "reading", "keys", "text", "storage", "errors"),
 )
 """From top to bottom: a package may import what stands after it. CONTRIBUTING.md lists the packages in this order."""
 HYDRA_ROOMS = ("sweeps", "config")
@@ -110,6 +110,33 @@ def test_no_module_changes_the_environment_when_it_is_imported():
 def test_to_collect_the_tests_changes_no_variable_of_the_environment(changed_by_collecting):
     """Of all files that pytest was given. A module that set one at its import would change what other tests see."""
     assert changed_by_collecting == {}
+
+
+ATTACHED = """
+import sys
+from pathlib import Path
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+import tiedlora
+from tiedlora.adapter.attach import attach_saved
+sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 64}
+model = LlamaForCausalLM(LlamaConfig(**sizes))
+attached = tiedlora.attach(model, "TABuv", rank=8)
+model(torch.tensor([[1, 2]]))
+attached.save_pretrained(sys.argv[1])
+attached.detach()
+attach_saved(model, Path(sys.argv[1]))
+packages = {name.split(".")[1] for name in sys.modules if name.startswith("tiedlora.")}
+print(sorted({"hydra", "omegaconf"} & set(sys.modules)), sorted(packages))
+"""
+
+
+def test_the_method_stands_alone(tmp_path):
+    """Who only attaches an adapter gets the method, and no harness around it."""
+    done = subprocess.run([sys.executable, "-c", ATTACHED, tmp_path], capture_output=True, text=True, timeout=120)
+    others, packages = done.stdout.strip().split("] [")
+    assert others == "["
+    assert set(re.findall(r"\w+", packages)) <= set(ORDER[ORDER.index("adapter") :]), done.stderr
 
 
 def test_no_room_is_too_long():

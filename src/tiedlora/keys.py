@@ -6,9 +6,12 @@ run's identity, and the docstring below it is its help.
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
+import itertools
 import re
+import textwrap
 from collections.abc import Collection, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, TypeVar
@@ -190,7 +193,17 @@ def help_of(key: str, keys: Mapping[str, Any]) -> str:
     name = key.rpartition(".")[2]
     # A section may inherit its fields: the docstring is in the class that declares this one.
     declaring = next(base for base in type(keys[key]).__mro__ if name in inspect.get_annotations(base))
-    # No other field begins between the field and its docstring.
-    docstring = rf'^    {name}: (?:(?!^    \w+: ).)*?"""(.*?)"""'
-    found = re.search(docstring, inspect.getsource(declaring), re.DOTALL | re.MULTILINE)
-    return " ".join(found[1].split()) if found else ""
+    return _descriptions(declaring).get(name, "")
+
+
+@functools.cache
+def _descriptions(section: type) -> dict[str, str]:
+    """Field -> the docstring below it, on one line, for the fields that a class declares itself."""
+    (declared,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
+    assert isinstance(declared, ast.ClassDef)
+    return {
+        field.target.id: " ".join(below.value.value.split())
+        for field, below in itertools.pairwise(declared.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str)
+    }

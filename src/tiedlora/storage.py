@@ -21,14 +21,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from tiedlora.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 log = logging.getLogger(__name__)
 
@@ -218,6 +219,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_yaml(path: Path) -> DictConfig:
     """A YAML mapping as an OmegaConf node. Interpolations are not resolved, and tags of Python objects are refused."""
+    # Imported here, because who only attaches an adapter needs no OmegaConf.
+    from omegaconf import DictConfig, OmegaConf  # noqa: PLC0415
+    from omegaconf.errors import OmegaConfBaseException  # noqa: PLC0415
+
     node: object = None
     data = read_bytes(path)
     try:

@@ -36,6 +36,8 @@ STARTS: dict[str, tuple[str, dict[str, float | str]]] = {"TABuv_v0": ("TABuv", {
 The label of a start, and so its run id, has `custom`, as before it had a name: finished runs keep their ids."""
 MOST_LAYERS = 10_000
 """Upper bound of a model's layers."""
+Rate = Annotated[Number, Field(ge=0, le=1_000_000)]
+"""A factor on the learning rate."""
 
 
 def _start(value: Any) -> Any:
@@ -142,6 +144,18 @@ class Tying(Parts):
         self.layers = _numbered(self.layers, "tying.layers")
 
 
+@dataclass
+class LrFactors:
+    A: Rate = 1.0
+    """Multiplies the learning rate of A."""
+    B: Rate = 1.0
+    """Multiplies the learning rate of B."""
+    u: Rate = 1.0
+    """Multiplies the learning rate of u."""
+    v: Rate = 1.0
+    """Multiplies the learning rate of v."""
+
+
 def _numbered(layers: list[Any] | None, key: str) -> list[Any] | None:
     return layers if layers is None or evenly(layers) is not None else layer_numbers(layers, key)
 
@@ -228,7 +242,7 @@ class Architecture:
     __pydantic_config__ = CHECKED
 
     family: Name = "llama"
-    """The model's family in config/families.py: transformers' `model_type`."""
+    """The model's family in families.py: transformers' `model_type`."""
     layers: Annotated[Whole, Field(ge=1, le=MOST_LAYERS)] = 0
     """Transformer layers."""
     hidden: Annotated[Whole, Field(ge=1, le=10**6)] = 0
@@ -244,7 +258,7 @@ class Architecture:
     vocabulary: Annotated[Whole, Field(ge=0, le=10**8)] = 0
     """Tokens of the vocabulary."""
     layout: Layout = field(default_factory=Layout, metadata=neutral(Layout()))
-    """Where the projections are, for a family that config/families.py does not know."""
+    """Where the projections are, for a family that families.py does not know."""
 
 
 def largest_rank(tying: Tying, architecture: Architecture) -> int:

@@ -16,10 +16,10 @@ from tiedlora import storage, tying
 from tiedlora.adapter import architectures, attach, attach_adapter, load, save
 from tiedlora.adapter.files import start_from
 from tiedlora.adapter.parts import draw
-from tiedlora.config.schema import LrFactors, TrainConfig
+from tiedlora.config.schema import TrainConfig
 from tiedlora.errors import UserError
 from tiedlora.training.optimizer import build_optimizer
-from tiedlora.tying import Tying
+from tiedlora.tying import LrFactors, Tying
 
 
 @pytest.mark.parametrize("name", [*EIGHT, "LoRA_qkv", "TABuv_v0", *tying.SUMS])

@@ -8,20 +8,20 @@ import pytest
 import torch
 from helpers.tiny import composed, logits, tiny
 
-from tiedlora.adapter.admission import measure
+from tiedlora import other_methods
 from tiedlora.adapter.arms import ArmSpec, groups_by_pattern
 from tiedlora.adapter.attach import attach_saved, new_arm
-from tiedlora.config import methods
 from tiedlora.config.compose import command
 from tiedlora.config.explain import options
 from tiedlora.config.identity import run_id
-from tiedlora.config.schema import LrFactors
 from tiedlora.config.sizes import nearest_size, trainable_params
 from tiedlora.errors import UserError
 from tiedlora.models.base_model import load_base
 from tiedlora.runs import loading, run
+from tiedlora.runs.admission import measure
 from tiedlora.runs.inputs import SingleSlotCache
 from tiedlora.runs.loading import check_scores_mean_something
+from tiedlora.tying import LrFactors
 
 # Blocks of these sizes do not fit the tiny model, or it has too few layers. They are tried on a random model with the
 # sizes of SmolLM2-135M.
@@ -86,8 +86,8 @@ def test_an_arm_moves_reloads_and_leaves_the_base_as_it_was(name, model, ids, tm
 
 @pytest.mark.parametrize(("start", "put_back"), [("pissa", True), ("olora", False)])
 def test_an_arm_sees_that_peft_has_changed_the_base(start, put_back, monkeypatch):
-    """As with an argument that methods.py does not know. PEFT changes the weights in place for olora."""
-    monkeypatch.setattr(methods, "LORA_STARTS", (start,))
+    """As with an argument that other_methods.py does not know. PEFT changes the weights in place for olora."""
+    monkeypatch.setattr(other_methods, "LORA_STARTS", (start,))
     base = tiny("tiny_llama")
     before = copy.deepcopy(base.model.state_dict())
     with pytest.raises(UserError, match="changes weights of the base; take other arguments"):

@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from tiedlora import attach, attach_adapter, named, to_peft
 from tiedlora.adapter import files
-from tiedlora.records.run_record import BaseModelRecord
+from tiedlora.description import BaseModelRecord
 from tiedlora.runs import run
 from tiedlora.tying import trainable_params
 

@@ -15,10 +15,10 @@ from tiedlora.config import compose as configuration
 from tiedlora.config.compose import CONF, compose_config
 from tiedlora.config.explain import options, peft_options, schema_keys
 from tiedlora.config.identity import run_id
-from tiedlora.config.methods import peft_class
-from tiedlora.config.schema import Config, TyingConfig
+from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
-from tiedlora.keys import from_person, help_of
+from tiedlora.keys import from_person, help_of, sections
+from tiedlora.other_methods import TyingConfig, peft_class
 from tiedlora.runs import run
 
 SECRET = "hunter2-0123456789abcdef0123456789abcdef"
@@ -102,6 +102,22 @@ def test_one_line_names_the_key(what, monkeypatch):
 @pytest.mark.parametrize("name", schema_keys())
 def test_every_key_has_help(name):
     assert help_of(name, schema_keys())
+
+
+@dataclasses.dataclass
+class Undescribed:
+    described: int = 1
+    """Its help,
+    on two lines."""
+    bare: str = '"""not its help"""'
+
+    def method(self) -> None:
+        """Nor is this."""
+
+
+def test_help_is_the_docstring_below_the_field_and_no_other():
+    keys = sections(Undescribed())
+    assert [help_of(key, keys) for key in keys] == ["Its help, on two lines.", ""]
 
 
 OPTIONS = [path for path in sorted(CONF.glob("*/**/*.yaml")) if path.parent.parent != CONF / "hydra"]

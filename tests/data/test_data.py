@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerFast
 from tiedlora.data import encoding
 from tiedlora.data.batching import collate
 from tiedlora.data.encoding import Encoder, encode_rows
+from tiedlora.description import BaseModelRecord
 from tiedlora.errors import UserError
 from tiedlora.models.base_model import BaseModel
-from tiedlora.records.run_record import BaseModelRecord
 from tiedlora.tasks import Example
 from tiedlora.tasks.rows import DataRow
 from tiedlora.tasks.squad import Squad

@@ -10,13 +10,15 @@ import numpy as np
 
 from tiedlora import tying
 from tiedlora.config.identity import config_tree, identity, run_id
-from tiedlora.config.schema import Config, LrFactors, ModelConfig, RankConfig, TaskConfig, TrainConfig, TyingConfig
+from tiedlora.config.schema import Config, ModelConfig, RankConfig, TaskConfig, TrainConfig
+from tiedlora.other_methods import TyingConfig
 from tiedlora.page import write
 from tiedlora.records import run_record
 from tiedlora.records.rows import MetricsRow, PredictionRow, Score
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.scoring.summary import gains, summarise
 from tiedlora.tasks import Task
+from tiedlora.tying import LrFactors
 
 SMOLLM2_135M = tying.Architecture(layers=30, hidden=576, heads=9, kv_heads=3, head_dim=64, intermediate=1536)
 """With the parameter counts of conf/model/smollm2_135m.yaml: LoRA 46,080 at r = 1, TABuv 41,328 at r = 8."""

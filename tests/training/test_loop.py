@@ -10,7 +10,7 @@ from helpers.tiny import tiny, tying_option
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiedlora.adapter import attach
-from tiedlora.config.schema import LrFactors, TrainConfig
+from tiedlora.config.schema import TrainConfig
 from tiedlora.data.batching import BatchSampler, microbatches
 from tiedlora.data.encoding import Encoded
 from tiedlora.errors import StoppedEarly, UserError
@@ -22,6 +22,7 @@ from tiedlora.training.checkpoint import RunInputs
 from tiedlora.training.loop import Loop, TrainState
 from tiedlora.training.loss import target_loss
 from tiedlora.training.optimizer import build_optimizer, learning_rate
+from tiedlora.tying import LrFactors
 
 aten = torch.ops.aten
 CONFIG = TrainConfig(

@@ -1,7 +1,7 @@
 """The method: the parts of an adapter, the modules that they change, attaching and merging, files, PEFT.
 
-This package knows no task and no training. It may import records, config, and the modules tying, keys, text, storage,
-errors.
+This package stands alone: it imports the modules of tiedlora itself, and no other package. It knows no task, no
+training, no configuration of a run and no record.
 """
 
 from tiedlora.adapter.attach import AdapterSet, Attached, attach, attach_adapter

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from tiedlora.adapter import linear
-from tiedlora.config.families import CANDIDATES_SHOWN, FAMILIES, layout_of, unknown_family
 from tiedlora.errors import UserError
+from tiedlora.families import CANDIDATES_SHOWN, FAMILIES, layout_of, unknown_family
 from tiedlora.tying import Architecture, Layout, Tying, adapted_layers, target_shape
 
 _QKV = ("q", "k", "v")

@@ -22,13 +22,11 @@ from torch import Tensor, nn
 from tiedlora import storage
 from tiedlora.adapter import files
 from tiedlora.adapter.parts import ParameterGroup, TiedAdapter
-from tiedlora.config.identity import DESCRIPTION
-from tiedlora.config.methods import REGISTERED
-from tiedlora.config.schema import LrFactors, TyingConfig
+from tiedlora.description import DESCRIPTION, BaseModelRecord
 from tiedlora.errors import UserError
-from tiedlora.records.reading import Name, Text, Whole, read_typed
-from tiedlora.records.run_record import BaseModelRecord, plain
-from tiedlora.tying import Architecture
+from tiedlora.other_methods import REGISTERED, TyingConfig
+from tiedlora.reading import Name, Text, Whole, plain, read_typed
+from tiedlora.tying import Architecture, LrFactors
 
 FORMAT = 3
 """The format of adapter.json for arms of other methods. Earlier versions refuse the number."""

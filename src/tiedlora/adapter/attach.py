@@ -25,12 +25,11 @@ from transformers.pytorch_utils import Conv1D
 from tiedlora.adapter import architectures, arms, files, linear
 from tiedlora.adapter.arms import Arm, ArmSpec
 from tiedlora.adapter.parts import ParameterGroup, TiedAdapter
-from tiedlora.config.families import layout_of
-from tiedlora.config.methods import REGISTERED
-from tiedlora.config.schema import LrFactors
+from tiedlora.description import BaseModelRecord
 from tiedlora.errors import UserError
-from tiedlora.records.run_record import BaseModelRecord
-from tiedlora.tying import FACTORS, Layout, Tying, named, part_of
+from tiedlora.families import layout_of
+from tiedlora.other_methods import REGISTERED
+from tiedlora.tying import FACTORS, Layout, LrFactors, Tying, named, part_of
 
 
 class Adapted(nn.Module):
@@ -281,11 +280,11 @@ def attach(
     """Attach a new adapter to `model` and freeze the base. The update is exactly zero until the adapter is trained.
 
     Args:
-        model: a causal language model of transformers, of a family in config.families.FAMILIES.
+        model: a causal language model of transformers, of a family in families.FAMILIES.
         tying: a specification, or a name that tying.named knows ("LoRA", "TABuv", "TABuv_v0", ...).
         alpha: gives the update's scale (see `scaling`); None means `rank`.
         seed: the seed of the random parts.
-        layout: where the model keeps its projections, for a family that is not in config.families.FAMILIES.
+        layout: where the model keeps its projections, for a family that is not in families.FAMILIES.
         scaling: standard (the scale is alpha / rank) or rslora (alpha / sqrt(rank)).
 
     Raises:

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from tiedlora import storage
 from tiedlora import tying as spec
 from tiedlora.adapter.parts import TiedAdapter, check_specification
-from tiedlora.config.identity import DESCRIPTION
+from tiedlora.description import DESCRIPTION, BaseModelRecord
 from tiedlora.errors import UserError
-from tiedlora.records.reading import Number, Text, Whole, typed
-from tiedlora.records.run_record import BaseModelRecord, plain
+from tiedlora.reading import Number, Text, Whole, plain, typed
 from tiedlora.tying import Architecture, Part, Tying
 
 log = logging.getLogger(__name__)

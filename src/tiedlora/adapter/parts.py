@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from tiedlora import tying as spec
 from tiedlora.adapter import architectures
 from tiedlora.adapter.architectures import Site
-from tiedlora.config.schema import LrFactors
 from tiedlora.errors import UserError
 from tiedlora.keys import from_person
-from tiedlora.records.reading import is_number
-from tiedlora.tying import Architecture, Part, Term, Tying
+from tiedlora.reading import is_number
+from tiedlora.tying import Architecture, LrFactors, Part, Term, Tying
 
 LARGEST_RANK = 2**16
 

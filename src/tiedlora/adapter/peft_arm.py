@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tiedlora.adapter.arms import Arm, ArmSpec
-from tiedlora.config.methods import PEFT_FILE, peft_classes, peft_config
+from tiedlora.description import BaseModelRecord
 from tiedlora.errors import UserError
-from tiedlora.records.run_record import BaseModelRecord
+from tiedlora.other_methods import PEFT_FILE, peft_classes, peft_config
 
 peft_classes()  # It says how to install PEFT, and keeps bitsandbytes quiet.
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict  # noqa: E402

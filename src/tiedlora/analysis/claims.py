@@ -20,8 +20,8 @@ from tiedlora.config.explain import options
 from tiedlora.config.sizes import is_near
 from tiedlora.errors import UserError
 from tiedlora.keys import LARGEST_COUNT, from_person
+from tiedlora.reading import Flag, Number, Text, Whole
 from tiedlora.records.loss_metrics import DRIFT, LOSS_METRICS
-from tiedlora.records.reading import Flag, Number, Text, Whole
 from tiedlora.records.run_record import arm_suffix
 from tiedlora.tasks import load_task
 from tiedlora.text import nearest, number_list

@@ -22,10 +22,10 @@ from tiedlora.analysis.intervals import Array, Clusters, pseudo_values
 from tiedlora.config.identity import identity_digest, name_of
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
+from tiedlora.reading import read_typed
 from tiedlora.records import study_files
 from tiedlora.records.interval import Unit
 from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, is_loss, mean_per_token
-from tiedlora.records.reading import read_typed
 from tiedlora.records.rows import PredictionRow, read_metrics, read_predictions
 from tiedlora.records.run_folder import DIVERGED, RunFolder, RunName, last_line
 from tiedlora.records.run_record import RunRecord, SplitScores, arm_suffix, read_record

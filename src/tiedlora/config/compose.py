@@ -35,12 +35,12 @@ from tiedlora.config.identity import (
     run_id,
     without_gone_keys,
 )
-from tiedlora.config.methods import complete_method
 from tiedlora.config.project import CONF, PROJECT, folder_of
-from tiedlora.config.schema import Config, TaskConfig, TyingConfig
+from tiedlora.config.schema import Config, RankConfig, TaskConfig
 from tiedlora.config.sizes import at_budget
 from tiedlora.errors import UserError
 from tiedlora.keys import from_person
+from tiedlora.other_methods import REGISTERED, TyingConfig, resolve
 from tiedlora.text import nearest
 from tiedlora.tying import Architecture, Term, adapted_layers
 
@@ -141,6 +141,36 @@ def complete(config: Config) -> Config:
         terms = {name: _with_numbers(term, config.model.architecture) for name, term in config.tying.terms.items()}
         config.tying = replace(config.tying, terms=terms)
     return config
+
+
+def complete_method(config: Config) -> Config:
+    """The configuration with the full name of its method and all its arguments.
+
+    A method of this kind has no rank of ours. Its `rank` is the default, so that it is one cell in a grid over ranks,
+    and is compared with LoRA of that rank.
+
+    Raises:
+        UserError: the method or an argument is unknown, the knob is no whole number, or PEFT is missing.
+    """
+    tying = config.tying
+    if tying.method == "":
+        raise UserError("tying=peft: names no method; add tying.method=NAME")
+    if tying.method is None:
+        for name in ("arguments", "resolved", "knob", "lr_factors", "no_decay"):
+            if getattr(tying, name) is not None:
+                raise UserError(f"tying.{name}: belongs to another method; set tying.method, or tying.{name}=null")
+        return config
+    if tying.resolved is None:
+        method, resolved = resolve(tying.method, tying.arguments or {})
+        tying = replace(tying, method=method, resolved=resolved)
+    arguments = tying.resolved or {}
+    if tying.knob is not None and tying.method not in REGISTERED and type(arguments.get(tying.knob)) is not int:
+        numbers = [name for name, value in arguments.items() if type(value) is int]
+        raise UserError(
+            f"tying.knob={tying.knob}: is no whole number among the arguments of {tying.method}; choose from "
+            f"{', '.join(numbers)}"
+        )
+    return replace(config, tying=tying, rank=RankConfig())
 
 
 def _with_numbers(tying: Layered, architecture: Architecture) -> Layered:

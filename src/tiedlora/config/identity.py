@@ -17,6 +17,7 @@ from typing import Any
 
 from tiedlora import storage, tying
 from tiedlora.config.schema import Config
+from tiedlora.description import DESCRIPTION
 from tiedlora.errors import UserError
 from tiedlora.keys import MISSING
 from tiedlora.tying import Tying
@@ -25,8 +26,6 @@ IDENTITY_VERSION = 1
 """Raise it when the meaning of a configuration changes although no key changes. Every run then gets a new id."""
 GONE: dict[str, object] = {"score.engine": "transformers", "tying.config": None}
 """Keys of earlier versions whose other values are gone, with the value that is left. Records of studies hold them."""
-DESCRIPTION = "adapter.json"
-"""The file of an adapter's folder that describes it."""
 
 
 def identity(config: Any) -> dict[str, Any]:

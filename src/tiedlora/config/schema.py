@@ -1,7 +1,7 @@
 """The typed schema of conf/: the type, default, allowed values and help of each key, and its part in a run's identity.
 
-Every key is declared only here (keys.py has the types), except those of a tying and an architecture, which are in
-tying.py. Rules about several keys are in config/check.py.
+Every key is declared only here (keys.py has the types), except those of the method, which are in tying.py and
+other_methods.py. Rules about several keys are in config/check.py.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from tiedlora.keys import (
     Lines,
     Name,
     Number,
-    Pattern,
     Text,
     Whole,
     neutral,
 )
-from tiedlora.tying import Architecture, Scaling, Tying
+from tiedlora.other_methods import TyingConfig
+from tiedlora.tying import Architecture, LrFactors, Scaling
 
 SPLITS = ("train", "validation", "test")
 SCORED_SPLITS = ("validation", "test")
@@ -60,8 +60,6 @@ FilledLines = Annotated[Lines, AfterValidator(_filled)]
 FilledText = Annotated[Text, AfterValidator(_filled)]
 Folder = Annotated[FilledText, AfterValidator(_absolute)]
 """A path, which becomes one from the root."""
-Rate = Annotated[Number, Field(ge=0, le=1_000_000)]
-"""A factor on the learning rate."""
 LARGEST_SCORING = 65_536
 """Upper bound of the rows that are scored together, and of the tokens of an answer."""
 
@@ -167,34 +165,6 @@ class TaskConfig:
 
 
 @dataclass
-class TyingConfig(Tying):
-    """The adapter: this project's own parts (see Tying), or another method."""
-
-    method: Text | None = field(default=None, metadata=neutral(None))
-    """Another method instead of A, B, u and v: a configuration class of PEFT, such as VeraConfig, or a kind that a
-    program has registered (docs/arena.md). null is this project's own method. A, B, u, v and rank then have no
-    meaning."""
-    arguments: dict[Text, Free] | None = field(default=None, metadata=EXECUTION)
-    """The method's arguments that differ from its defaults."""
-    resolved: dict[Text, Free] | None = field(default=None, metadata=neutral(None))
-    """All arguments of the method, defaults included. The program fills them in, so a changed default is another
-    run."""
-    knob: Text | None = field(default=None, metadata=EXECUTION)
-    """The argument that `budget` changes."""
-    lr_factors: dict[Pattern, Rate] | None = field(default=None, metadata=neutral(None))
-    """Factors on the learning rate: a regular expression for names of parameters -> factor. Two that
-    match one parameter must have the same factor."""
-    no_decay: list[Pattern] | None = field(default=None, metadata=neutral(None))
-    """Regular expressions for names of parameters without weight decay: those that start at 1, or at a size of the
-    base's weights."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # An empty mapping means null. Hydra begins with an empty one (see compose.register).
-        self.arguments, self.lr_factors = self.arguments or None, self.lr_factors or None
-
-
-@dataclass
 class RankConfig:
     r: Count = 8
     """The rank of every adapted projection."""
@@ -202,18 +172,6 @@ class RankConfig:
     """It gives the scale s of the update; null means alpha = r, so s = 1 with the standard scaling."""
     scaling: Scaling = field(default="standard", metadata=neutral("standard"))
     """standard: s = alpha / r; rslora: s = alpha / sqrt(r). Give alpha a fixed value to compare ranks."""
-
-
-@dataclass
-class LrFactors:
-    A: Rate = 1.0
-    """Multiplies the learning rate of A."""
-    B: Rate = 1.0
-    """Multiplies the learning rate of B."""
-    u: Rate = 1.0
-    """Multiplies the learning rate of u."""
-    v: Rate = 1.0
-    """Multiplies the learning rate of v."""
 
 
 @dataclass

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from tiedlora import other_methods
 from tiedlora import tying as spec
-from tiedlora.config import methods
-from tiedlora.config.families import layout_of
-from tiedlora.config.schema import Config, TyingConfig
+from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
+from tiedlora.families import layout_of
+from tiedlora.other_methods import TyingConfig
 from tiedlora.tying import Architecture
 
 TOLERANCE = 0.05
@@ -33,7 +34,7 @@ def trainable_params(config: Config) -> int | None:
     architecture = config.model.architecture
     if config.tying.method is None:
         return spec.trainable_params(config.tying, config.rank.r, architecture)
-    if config.tying.method in methods.REGISTERED:
+    if config.tying.method in other_methods.REGISTERED:
         return None
     return _peft_params(config.tying, architecture)
 
@@ -53,7 +54,7 @@ def at_budget(config: Config) -> Config:
     budget, tying, architecture = config.budget, config.tying, config.model.architecture
     if (layers := lora_layers(tying, budget, architecture)) is not None:
         return replace(config, rank=replace(config.rank, r=1), tying=replace(tying, layers=[f"evenly {layers}"]))
-    if tying.method is not None and (tying.knob is None or tying.method in methods.REGISTERED):
+    if tying.method is not None and (tying.knob is None or tying.method in other_methods.REGISTERED):
         return config
     knob, arguments = tying.knob or "", tying.resolved or {}
 
@@ -173,7 +174,7 @@ def _count(tying: TyingConfig, architecture: Architecture) -> int | None:
     import torch  # noqa: PLC0415
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING  # noqa: PLC0415
 
-    config, skeleton = methods.peft_config(tying, architecture, seed=0), _skeleton(architecture)
+    config, skeleton = other_methods.peft_config(tying, architecture, seed=0), _skeleton(architecture)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:

@@ -24,8 +24,8 @@ from tiedlora import storage
 from tiedlora.config.identity import identity
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
+from tiedlora.reading import plain
 from tiedlora.records.provenance import CHAT_TEMPLATE, LEFT_OUT, TARGET_BLANK, TOKENIZER
-from tiedlora.records.run_record import plain
 from tiedlora.tasks import Example
 
 if TYPE_CHECKING:

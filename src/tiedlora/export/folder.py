@@ -28,14 +28,15 @@ from tiedlora.adapter.attach import Attached
 from tiedlora.adapter.files import TENSORS
 from tiedlora.adapter.parts import TiedAdapter
 from tiedlora.config import compose
-from tiedlora.config.families import layout_of
-from tiedlora.config.identity import DESCRIPTION, identity, name_of
+from tiedlora.config.identity import identity, name_of
 from tiedlora.config.identity import label as label_of
-from tiedlora.config.methods import PEFT_FILE
 from tiedlora.config.schema import Config, TaskConfig
+from tiedlora.description import DESCRIPTION
 from tiedlora.errors import UserError
+from tiedlora.families import layout_of
 from tiedlora.models.base_model import load_base
 from tiedlora.models.device import resolve_device
+from tiedlora.other_methods import PEFT_FILE
 from tiedlora.records.interval import Interval, Unit
 from tiedlora.records.rows import read_predictions
 from tiedlora.records.run_folder import RunFolder

@@ -21,12 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from tiedlora import storage
 from tiedlora.adapter import architectures, linear
-from tiedlora.config.families import layout_of
 from tiedlora.config.schema import ModelConfig
+from tiedlora.description import BaseModelRecord
 from tiedlora.errors import UserError, is_out_of_memory
+from tiedlora.families import layout_of
 from tiedlora.models import attention, output_head, placement
 from tiedlora.models.identity import EMBEDDED_PACKAGE, EMBEDDED_SHA256, EMBEDDED_VERSION, known_digest
-from tiedlora.records.run_record import BaseModelRecord
 
 log = logging.getLogger(__name__)
 

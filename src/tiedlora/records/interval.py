@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
+from tiedlora.reading import Number, Text
 from tiedlora.records.loss_metrics import is_loss
-from tiedlora.records.reading import Number, Text
 
 MISSING = "–"
 """How a number that is not there is written."""

@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from tiedlora.config.project import PROJECT
-from tiedlora.records.reading import Count, Flag, Text
+from tiedlora.reading import Count, Flag, Text
 
 STUDY_RECORDS = "studies/*/runs/**"
 """The records of studies, from the top of the checkout."""

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from tiedlora import storage
 from tiedlora.errors import UserError
-from tiedlora.records.reading import Count, Flag, Number, Text, is_number, typed
+from tiedlora.reading import Count, Flag, Number, Text, is_number, typed
 
 Score = Number | list[Number]
 """A number in [0, 1] (for a loss, nats per token), or the statistics of one row. A corpus-level metric comes from their

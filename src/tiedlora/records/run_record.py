@@ -5,18 +5,19 @@ Reading it needs neither torch nor Hydra. The report, the sweeps and the scripts
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field
 
 from tiedlora.config.schema import FORGETTING, SCORED_SPLITS, SPLITS, Split
+from tiedlora.description import BaseModelRecord
 from tiedlora.errors import UserError
+from tiedlora.reading import Count, Flag, Name, Number, Text, Whole, plain, read_typed, typed
 from tiedlora.records.interval import Interval
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.provenance import CodeVersion, ContinuedFrom, Execution
-from tiedlora.records.reading import Count, Flag, Name, Number, Text, Whole, read_typed, typed
 from tiedlora.text import is_name
 from tiedlora.tying import PARTS
 
@@ -97,21 +98,6 @@ Values = TypeVar("Values", Identity, ConfigRecord)
 def from_tree(kind: type[Values], tree: dict[str, Any]) -> Values:
     """The values that config.identity.identity or config_tree returns, as a record has them."""
     return typed(kind, with_tree(tree))
-
-
-@dataclass(frozen=True)
-class BaseModelRecord:
-    """Which base model an adapter belongs to."""
-
-    name: Text
-    revision: Text | None
-    digest: Text | None
-    """The sha256 of its files, or its commit on the hub. Digest and revision are None if a program made the model."""
-    quantization: Text | None = None
-    """nf4 or int8, if its linear layers are quantised after loading; the digest is that of the files."""
-
-    def __str__(self) -> str:
-        return f"{self.name} at {self.revision} ({self.digest}{f', {self.quantization}' if self.quantization else ''})"
 
 
 @dataclass(frozen=True)
@@ -336,16 +322,6 @@ class RunRecord:
     def label(self) -> str:
         """LoRA, TABuv, ... or custom: the name that follows from the specification's values."""
         return self.run_id.split("-", 1)[0]
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses as JSON objects. A field whose default is None is left out if its value is None."""
-    if is_dataclass(value):
-        present = [f for f in fields(value) if not (f.default is None and getattr(value, f.name) is None)]
-        return {f.name: plain(getattr(value, f.name)) for f in present}
-    if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    return [plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def read_record(path: Path) -> RunRecord:

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tiedlora import storage
+from tiedlora.reading import Count, Flag, Number, Text, Whole, read_typed
 from tiedlora.records.loss_metrics import is_loss
-from tiedlora.records.reading import Count, Flag, Number, Text, Whole, read_typed
 from tiedlora.records.run_record import RunRecord
 
 SELECTION_FILE = "selection.json"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tiedlora.reading import plain
 from tiedlora.records.interval import Unit
 from tiedlora.records.loss_metrics import is_loss
-from tiedlora.records.run_record import RunRecord, SplitScores, plain
+from tiedlora.records.run_record import RunRecord, SplitScores
 from tiedlora.text import visible
 
 NEAR_ZERO = 0.05

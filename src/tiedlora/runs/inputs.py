@@ -20,7 +20,7 @@ from tiedlora.config.identity import identity
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.models.identity import known_digest
-from tiedlora.records.reading import typed
+from tiedlora.reading import typed
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.tasks import Example, Task, digest, load_examples, load_task

@@ -13,21 +13,21 @@ import torch
 from torch import nn
 
 from tiedlora.adapter import TiedAdapter, attach_adapter, files
-from tiedlora.adapter.admission import measure
 from tiedlora.adapter.arms import Arm, ArmSpec
 from tiedlora.adapter.attach import new_arm
-from tiedlora.config.families import layout_of
 from tiedlora.config.identity import adapter_digest
 from tiedlora.config.schema import Config
 from tiedlora.config.sizes import missed_budget, trainable_params
 from tiedlora.data.batching import check_batch_tokens
 from tiedlora.data.encoding import Encoded, EncodedRows, Encoder, load_or_encode
 from tiedlora.errors import UserError
+from tiedlora.families import layout_of
 from tiedlora.models import device as devices
 from tiedlora.models.base_model import BaseModel, load_base
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.provenance import code_version, package_versions
 from tiedlora.records.run_record import Admission
+from tiedlora.runs.admission import measure
 from tiedlora.runs.inputs import RunRows, SingleSlotCache, read_rows, warn_of_trained_rows
 from tiedlora.scoring.split import Scorer
 from tiedlora.tasks import Example, load_examples, load_task

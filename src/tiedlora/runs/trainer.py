@@ -18,12 +18,12 @@ from omegaconf import OmegaConf
 from tiedlora import storage, tying
 from tiedlora.analysis.intervals import mean_loss
 from tiedlora.config.check import check_new_run
-from tiedlora.config.families import layout_of
 from tiedlora.config.identity import config_tree, identity
 from tiedlora.config.schema import FORGETTING, Config, ScoreConfig
 from tiedlora.data.batching import Batch, BatchSampler, collate, empty_batch, even_passes, microbatches
 from tiedlora.data.encoding import Encoded
 from tiedlora.errors import StoppedEarly, UserError, is_out_of_memory
+from tiedlora.families import layout_of
 from tiedlora.models import attention, products
 from tiedlora.models import device as devices
 from tiedlora.models.arithmetic import block_weights

@@ -25,13 +25,15 @@ from tiedlora.config.identity import identity
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.batching import Batch, collate
 from tiedlora.data.encoding import Encoded, Encoder
+from tiedlora.description import BaseModelRecord
 from tiedlora.errors import UserError, is_out_of_memory
 from tiedlora.models.device import execution_on, free_memory
 from tiedlora.models.placement import input_device
+from tiedlora.reading import plain
 from tiedlora.records.loss_metrics import DRIFT, is_loss, loss_scores
 from tiedlora.records.rows import NOT_GENERATED, PredictionRow, Score, read_predictions, write_predictions
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import BaseModelRecord, SplitScores, plain
+from tiedlora.records.run_record import SplitScores
 from tiedlora.scoring.decoding import AnswerEnds, batches_by_length, choice_log_likelihoods, decode
 from tiedlora.scoring.passages import Passage, read_passages, source_digest
 from tiedlora.scoring.passes import ALL_PASSES, Passes

@@ -20,7 +20,7 @@ from tiedlora.config.check import check
 from tiedlora.config.identity import config_tree, identity, run_id, without_gone_keys
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
-from tiedlora.records.reading import typed
+from tiedlora.reading import typed
 from tiedlora.records.run_folder import RunFolder, RunName, State
 from tiedlora.records.run_record import arm_suffix
 from tiedlora.scoring.passes import lacks_scores

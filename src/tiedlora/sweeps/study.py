@@ -29,8 +29,8 @@ from tiedlora.config.schema import FORGETTING
 from tiedlora.errors import UserError
 from tiedlora.export.study_records import export_record, export_stopped
 from tiedlora.keys import from_person
+from tiedlora.reading import Text
 from tiedlora.records.provenance import code_version, git
-from tiedlora.records.reading import Text
 from tiedlora.records.run_folder import RunFolder, State
 from tiedlora.records.run_record import RunRecord
 from tiedlora.records.selection import SELECTION_FILE, read_selection

@@ -25,9 +25,8 @@ from torch import Tensor, nn
 
 from tiedlora import storage
 from tiedlora.errors import UserError
+from tiedlora.reading import Text, plain, typed
 from tiedlora.records.provenance import CodeVersion, ContinuedFrom, Execution
-from tiedlora.records.reading import Text, typed
-from tiedlora.records.run_record import plain
 from tiedlora.training.loop import TrainState
 
 log = logging.getLogger(__name__)

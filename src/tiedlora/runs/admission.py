@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from tiedlora.adapter.arms import Arm, ArmSpec
 from tiedlora.adapter.attach import attach_saved, new_arm
-from tiedlora.config.schema import LrFactors
-from tiedlora.records.run_record import Admission, BaseModelRecord
+from tiedlora.description import BaseModelRecord
+from tiedlora.records.run_record import Admission
+from tiedlora.tying import LrFactors
 
 ROWS, LENGTH = 3, 24
 """The size of the batch that is measured."""

@@ -12,14 +12,14 @@ import logging
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
-from tiedlora.config.families import layout_of
-from tiedlora.config.schema import Config, RankConfig, TyingConfig
 from tiedlora.errors import UserError
-from tiedlora.tying import Architecture
+from tiedlora.families import layout_of
+from tiedlora.keys import EXECUTION, Free, Pattern, Text, neutral
+from tiedlora.tying import Architecture, Rate, Tying
 
 REGISTERED: dict[str, Any] = {}
 """Kind -> how it is made. adapter/arms.py has the type, and the function that registers one."""
@@ -46,34 +46,32 @@ adapted model could not be compared, or take their start from rows of data, in a
 PEFT_FILE = "adapter_config.json"
 
 
-def complete_method(config: Config) -> Config:
-    """The configuration with the full name of its method and all its arguments.
+@dataclass
+class TyingConfig(Tying):
+    """The adapter: this project's own parts (see Tying), or another method."""
 
-    A method of this kind has no rank of ours. Its `rank` is the default, so that it is one cell in a grid over ranks,
-    and is compared with LoRA of that rank.
+    method: Text | None = field(default=None, metadata=neutral(None))
+    """Another method instead of A, B, u and v: a configuration class of PEFT, such as VeraConfig, or a kind that a
+    program has registered (docs/arena.md). null is this project's own method. A, B, u, v and rank then have no
+    meaning."""
+    arguments: dict[Text, Free] | None = field(default=None, metadata=EXECUTION)
+    """The method's arguments that differ from its defaults."""
+    resolved: dict[Text, Free] | None = field(default=None, metadata=neutral(None))
+    """All arguments of the method, defaults included. The program fills them in, so a changed default is another
+    run."""
+    knob: Text | None = field(default=None, metadata=EXECUTION)
+    """The argument that `budget` changes."""
+    lr_factors: dict[Pattern, Rate] | None = field(default=None, metadata=neutral(None))
+    """Factors on the learning rate: a regular expression for names of parameters -> factor. Two that
+    match one parameter must have the same factor."""
+    no_decay: list[Pattern] | None = field(default=None, metadata=neutral(None))
+    """Regular expressions for names of parameters without weight decay: those that start at 1, or at a size of the
+    base's weights."""
 
-    Raises:
-        UserError: the method or an argument is unknown, the knob is no whole number, or PEFT is missing.
-    """
-    tying = config.tying
-    if tying.method == "":
-        raise UserError("tying=peft: names no method; add tying.method=NAME")
-    if tying.method is None:
-        for name in ("arguments", "resolved", "knob", "lr_factors", "no_decay"):
-            if getattr(tying, name) is not None:
-                raise UserError(f"tying.{name}: belongs to another method; set tying.method, or tying.{name}=null")
-        return config
-    if tying.resolved is None:
-        method, resolved = resolve(tying.method, tying.arguments or {})
-        tying = replace(tying, method=method, resolved=resolved)
-    arguments = tying.resolved or {}
-    if tying.knob is not None and tying.method not in REGISTERED and type(arguments.get(tying.knob)) is not int:
-        numbers = [name for name, value in arguments.items() if type(value) is int]
-        raise UserError(
-            f"tying.knob={tying.knob}: is no whole number among the arguments of {tying.method}; choose from "
-            f"{', '.join(numbers)}"
-        )
-    return replace(config, tying=tying, rank=RankConfig())
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # An empty mapping means null. Hydra begins with an empty one (see compose.register).
+        self.arguments, self.lr_factors = self.arguments or None, self.lr_factors or None
 
 
 def resolve(method: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -1,7 +1,10 @@
-"""From plain data to typed values. pydantic checks the types; its first error becomes one line that names the key."""
+"""From the plain data of a file to typed values, and back. pydantic checks the types; its first error becomes one line
+that names the key.
+"""
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -60,6 +63,16 @@ def read_typed(path: Path, kind: type[T], what: str = "a run's record of this pr
         return typed(kind, tree, what)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as JSON objects. A field whose default is None is left out if its value is None."""
+    if is_dataclass(value):
+        present = [f for f in fields(value) if not (f.default is None and getattr(value, f.name) is None)]
+        return {f.name: plain(getattr(value, f.name)) for f in present}
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _in_words(error: ErrorDetails, what: str) -> str:
