@@ -38,7 +38,12 @@ class Paused(StoppedEarly):
     """The run has reached train.pause_after and has saved a checkpoint."""
 
 
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc")
+_NO_MEMORY = (
+    *("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc"),
+    # While libraries are imported; the last is Python's own.
+    *("failed to map segment", "Cannot allocate memory", "error return without exception set"),
+    "could not create a primitive",  # a product of oneDNN
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -46,7 +51,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+        isinstance(error, (RuntimeError, ImportError, SystemError)) and any(words in str(error) for words in _NO_MEMORY)
     )
 
 

@@ -23,7 +23,7 @@ import tokenizers
 from tiedlora import storage
 from tiedlora.config.identity import identity
 from tiedlora.config.schema import TaskConfig
-from tiedlora.errors import UserError
+from tiedlora.errors import UserError, is_out_of_memory
 from tiedlora.reading import plain
 from tiedlora.records.provenance import CHAT_TEMPLATE, LEFT_OUT, TARGET_BLANK, TOKENIZER
 from tiedlora.tasks import Example
@@ -122,7 +122,16 @@ class Encoder:
         if self.config.chat_template:
             turn = [{"role": "user", "content": text}]
             options = {"chat_template": self._dated_template, "add_generation_prompt": True, "tokenize": False}
-            text = self.tokenizer.apply_chat_template(turn, **options)
+            try:
+                text = self.tokenizer.apply_chat_template(turn, **options)
+            except Exception as error:  # a template is a program, and may end with any error
+                if is_out_of_memory(error):
+                    raise
+                reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+                raise UserError(
+                    f"task.chat_template=true: the chat template of this model cannot be used ({reason}); mend it in "
+                    "the model's folder, or set task.chat_template=false"
+                ) from None
             return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
         return self.text(text)
 

@@ -9,7 +9,7 @@ import contextlib
 import importlib.util
 import io
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,13 +26,25 @@ from tiedlora.description import BaseModelRecord
 from tiedlora.errors import UserError, is_out_of_memory
 from tiedlora.families import layout_of
 from tiedlora.models import attention, output_head, placement
-from tiedlora.models.identity import EMBEDDED_PACKAGE, EMBEDDED_SHA256, EMBEDDED_VERSION, known_digest
+from tiedlora.models.identity import (
+    EMBEDDED_PACKAGE,
+    EMBEDDED_SHA256,
+    EMBEDDED_VERSION,
+    known_digest,
+    tokens_digest,
+)
 
 log = logging.getLogger(__name__)
 
 END_OF_TEXT = 256
 """The id of the end-of-text token of random models. The ids below it are the bytes."""
 RANDOM_FAMILIES = ("llama", "gpt2")
+MADE_BY_MODELS = (".masked_bias", ".inv_freq")
+"""The ends of names of buffers that models make themselves, and that older versions of transformers saved."""
+COMPILED = "_orig_mod."
+"""What torch.compile puts before the names of a model's weights."""
+NAMES_SHOWN = 3
+"""How many weights an error message names at most, of each kind of mistake."""
 
 
 @dataclass
@@ -44,6 +56,8 @@ class BaseModel:
     record: BaseModelRecord
     digest_is_known: bool = True
     """False if the hub gave no commit. Then the digest does not identify the weights."""
+    token_files: dict[bool, str | None] = field(default_factory=dict)
+    """Whether a task uses a chat template -> tokens_digest of the files when they were loaded."""
 
     @property
     def more_ends(self) -> tuple[int, ...]:
@@ -72,6 +86,7 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
             its logits are not those of its output head.
     """
     digest = known_digest(config, cache)
+    token_files = {template: tokens_digest(config, template, cache) for template in (False, True)}
     # From now on, these libraries show no progress bars and no warnings. Errors are still raised.
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     for library in ("transformers", "huggingface_hub", "bitsandbytes"):
@@ -91,7 +106,7 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
             # It is written and loaded again, because transformers quantises weights when it loads them.
             with TemporaryDirectory() as written:
                 model.save_pretrained(written)
-                model = AutoModelForCausalLM.from_pretrained(written, **settings)
+                model = _from_pretrained(written, **settings)
         else:
             model.to(getattr(torch, dtype))
     else:
@@ -104,6 +119,7 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
                 f"model.architecture.{name}={getattr(expected, name)}: the loaded model has {getattr(loaded, name)}; "
                 "correct the numbers in conf/model, because parameter counts are computed from them"
             )
+    _check_tokens(model, tokenizer)
     # A learned table of positions, as GPT-2's or OPT's. Rotary positions go on, and may be stretched.
     owner = model.get_submodule(layout_of(loaded).layers.rpartition(".")[0])
     named = (child for name, child in owner.named_children() if name in ("wpe", "embed_positions"))
@@ -127,7 +143,21 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
     output_head.check(model)
     commit = getattr(model.config, "_commit_hash", None)
     record = BaseModelRecord(config.name, config.revision, digest or f"commit:{commit}", config.quantization)
-    return BaseModel(model, tokenizer, record, digest_is_known=digest is not None or commit is not None)
+    return BaseModel(model, tokenizer, record, digest is not None or commit is not None, token_files)
+
+
+def _check_tokens(model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer of another model. A special token beyond the embeddings is no mistake: Gemma 3 1B has one of
+    the images that only its larger versions take.
+    """
+    size = model.get_input_embeddings().num_embeddings
+    unused = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.eos_token_id}
+    beyond = [token for token, id in tokenizer.get_vocab().items() if id >= size and id not in unused]
+    if beyond:
+        raise UserError(
+            f"model: its tokenizer has {len(beyond)} tokens beyond the model's {size} embeddings (such as "
+            f"{min(beyond)!r:.40}), so it belongs to another model; restore the tokenizer's files"
+        )
 
 
 def _quantisation(model: Any) -> str | None:
@@ -146,9 +176,9 @@ def _pretrained(config: ModelConfig, folder: Path | str | None, settings: dict[s
     revision = {} if folder else {"revision": config.revision}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **revision, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, **revision, **settings, use_safetensors=True, trust_remote_code=False
-        )
+        model = _from_pretrained(source, **revision, **settings)
+    except UserError:
+        raise
     except Exception as error:  # tokenizers raises Exception itself, and a damaged folder can cause any other
         if is_out_of_memory(error):
             raise
@@ -163,10 +193,60 @@ def _pretrained(config: ModelConfig, folder: Path | str | None, settings: dict[s
             "accept the licence there, then `hf auth login`); or model.path=FOLDER with its config.json, "
             "tokenizer.json and *.safetensors; or model=smollm2_135m, which needs no hub"
         ) from None
+    if folder and (settings_file := Path(source) / "generation_config.json").exists():
+        # transformers leaves out a damaged one without a word, and answers would end elsewhere.
+        storage.read_json(settings_file)
+    return model, tokenizer
+
+
+def _from_pretrained(source: Path | str, **settings: Any) -> Any:
+    """A model from the safetensors of a folder or of the hub. Nothing of it is random (see `_checked`)."""
+    revision = {"revision": settings["revision"]} if "revision" in settings else {}
+    config = AutoConfig.from_pretrained(source, **revision, trust_remote_code=False)
+    if Path(source).is_dir() and (named := getattr(config, "transformers_weights", None)):
+        # transformers would load this file. The folder's digest covers model.safetensors and its index.
+        raise UserError(
+            f"{source}/config.json: transformers_weights={named} names another file of weights; rename that file to "
+            "model.safetensors, and remove the key"
+        )
+    if "device_map" in settings and not hasattr(config, "quantization_config"):
+        # transformers compares no shape of a weight that it quantises or leaves on the disk. On the meta device it
+        # compares all of them, and reads none.
+        _checked(source, use_safetensors=True, device_map={"": "meta"}, **revision)
+    return _checked(source, use_safetensors=True, **settings)
+
+
+def _checked(source: Path | str, **settings: Any) -> Any:
+    """AutoModelForCausalLM.from_pretrained, if the files hold exactly the model's weights. Every load goes through it.
+
+    Raises:
+        UserError: weights are missing, have no place in the model, or have another shape. A head that is tied to the
+            embeddings may be missing, and buffers that a model makes itself may be missing or be there.
+    """
+    # Without these two, missing weights get random values, and the error about a shape names no weight.
+    asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, **settings, **asked, trust_remote_code=False)
+    model, found = loaded
     if getattr(model, "_hf_peft_config_loaded", False):
         # If PEFT is here, transformers loads an adapter of the folder too. No digest covers it.
         raise UserError(f"model={source}: holds an adapter of PEFT; name its base model, or merge it into the weights")
-    return model, tokenizer
+    shapes = [f"{name} {[*file]} instead of {[*own]}" for name, file, own in sorted(found["mismatched_keys"])]
+    made = {name for name, _ in model.named_buffers()}
+    made |= {name.removeprefix(f"{model.base_model_prefix}.") for name in made}
+    unknown = [name for name in sorted(found["unexpected_keys"] - made) if not name.endswith(MADE_BY_MODELS)]
+    kinds = {"missing": sorted(found["missing_keys"]), "unknown": unknown, "of another shape": shapes}
+    mistakes = [f"{len(names)} {what} ({_some(names)})" for what, names in kinds.items() if names]
+    if mistakes:
+        compiled = any(COMPILED in name for name in unknown)
+        raise UserError(
+            f"model={source}: its files do not hold the weights of {type(model).__name__}: {'; '.join(mistakes)}. "
+            + (f"{COMPILED} comes from torch.compile: save model._orig_mod instead" if compiled else "Save them again")
+        )
+    return model
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join([*names[:NAMES_SHOWN], *(["..."] if len(names) > NAMES_SHOWN else [])])
 
 
 def embedded_folder(cache: Path) -> Path:
@@ -202,11 +282,11 @@ def _convert(source: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     # transformers has no switch for the progress bar of this conversion. In a log it is one line of 3,000 characters.
     with contextlib.redirect_stderr(io.StringIO()):
-        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+        model = _checked(source.parent, gguf_file=source.name, dtype=torch.float32)
     # The model still has a note about its GGUF quantisation. With it, save_pretrained refuses the dequantised weights.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.hf_quantizer = None  # type: ignore[assignment]
+    model.hf_quantizer = None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from tiedlora import storage
 from tiedlora.config.schema import ModelConfig
@@ -19,11 +20,18 @@ EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110d
 SETTLED_SECONDS = 2.0
 """A younger file is hashed each time, because a second change might have the same (coarse) time stamp as the first."""
 SHA256 = re.compile("[0-9a-f]{64}")
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+"""It names the file of each weight. transformers reads it if there is no model.safetensors."""
+TOKEN_FILES = ("added_tokens.json", "special_tokens_map.json", "*vocab*", "merges.txt", "*.model", "tekken.json")
+"""The files of a folder that may decide tokens, besides those of the digest of the base model."""
+CHAT_TEMPLATES = ("chat_template.jinja", "chat_templates/*.jinja")
 
 
 def known_digest(config: ModelConfig, cache: Path | None = None) -> str | None:
     """The digest of the base model that goes into a record; of a folder, by the content of its files.
 
+    These are the weights that are loaded, wherever the index names them, the configuration and tokenizer.json.
     To hash the weights takes minutes for a large model. So the hash of each file is remembered in `cache`, under a name
     that has the file's path, size, times and inode. A file for which one of them has changed is hashed again.
 
@@ -34,16 +42,60 @@ def known_digest(config: ModelConfig, cache: Path | None = None) -> str | None:
         None for a model from the hub, because its commit is known only when it is loaded.
 
     Raises:
-        UserError: model.path is not a folder with safetensors.
+        UserError: model.path is not a folder with safetensors, a file is missing, or its index names a file elsewhere.
     """
     if not config.path:
         return {"embedded": f"gguf-sha256:{EMBEDDED_SHA256}", "random": "random:seed-0"}.get(config.source)
     folder = Path(config.path)
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json"), *folder.glob("tokenizer*")])
-    if not any(file.suffix == ".safetensors" for file in files):
+    weights = {file.name for file in folder.glob("*.safetensors")}
+    loaded = weights if (folder / WEIGHTS).is_file() else _files_of_index(folder / INDEX) or weights
+    if not loaded:
         raise UserError(f"model.path={folder}: must be a folder with config.json, tokenizer.json and *.safetensors")
-    hashes = "\n".join(f"{file.name} {_sha256(file, cache)}" for file in files)
-    return f"sha256:{hashlib.sha256(hashes.encode()).hexdigest()}"
+    # tokenizer_config.json is there twice, as it is in the digests of earlier runs.
+    others = [file.name for pattern in ("*config.json", "tokenizer*") for file in folder.glob(pattern)]
+    # An index that names all files here and no others decides nothing. Without it, earlier digests stay as they are.
+    index = [INDEX] if loaded != weights else []
+    return f"sha256:{_sha256_of(folder, [*(weights | loaded), *others, *index], cache)}"
+
+
+def tokens_digest(config: ModelConfig, chat_template: bool, cache: Path | None = None) -> str | None:
+    """The digest of what decides tokens in a model's folder and is not in `known_digest`; None for another model.
+
+    Args:
+        chat_template: whether the task uses one, so that its files count.
+        cache: as known_digest.
+    """
+    if not config.path:
+        return None
+    folder = Path(config.path)
+    patterns = [*TOKEN_FILES, *(CHAT_TEMPLATES if chat_template else ())]
+    names = {
+        file.relative_to(folder).as_posix() for pattern in patterns for file in folder.glob(pattern) if file.is_file()
+    }
+    return _sha256_of(folder, names, cache)[:16]
+
+
+def _files_of_index(index: Path) -> set[str]:
+    """The files of weights that an index names, from its folder; none without an index.
+
+    Raises:
+        UserError: the index is damaged, or names a file that is no safetensors or is outside of the folder.
+    """
+    if not index.exists():
+        return set()
+    named = storage.read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise UserError(f"{index}: weight_map must be the file of each weight")
+    files = {PurePosixPath(name) for name in named.values()}
+    for file in sorted(files):
+        if file.is_absolute() or ".." in file.parts or file.suffix != ".safetensors":
+            raise UserError(f"{index}: names {file}; each file must be a *.safetensors in this folder or below it")
+    return {file.as_posix() for file in files}
+
+
+def _sha256_of(folder: Path, names: Iterable[str], cache: Path | None) -> str:
+    hashes = "\n".join(f"{name} {_sha256(folder / name, cache)}" for name in sorted(names))
+    return hashlib.sha256(hashes.encode()).hexdigest()
 
 
 def _sha256(file: Path, cache: Path | None) -> str:

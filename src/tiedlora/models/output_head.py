@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tiedlora.errors import UserError
 from tiedlora.models.placement import input_device
@@ -45,11 +46,20 @@ def check(model: Any) -> None:
     """Compare body and head with the model's own logits, on three tokens.
 
     Raises:
-        UserError: they differ, so a loss from body and head would not be the model's.
+        UserError: they differ, so a loss from body and head would not be the model's; or they are not finite.
     """
     ids = torch.arange(1, 4, device=input_device(model))[None]
-    own = model(input_ids=ids, use_cache=False).logits.float()
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    # The fused attention of a CPU hides what is no number in q and k.
+    with sdpa_kernel(SDPBackend.MATH):
+        own = model(input_ids=ids, use_cache=False).logits.float()
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    if not own.isfinite().all():
+        here = ((name, weight) for name, weight in model.named_parameters() if not weight.is_meta)
+        wrong = next((name for name, weight in here if not weight.isfinite().all()), None)
+        cause = f"{wrong} is damaged" if wrong else "its weights are finite, so a number of its config.json is wrong"
+        raise UserError(
+            f"model: the logits of {type(model).__name__} are not finite: {cause}; restore the model's files"
+        )
     ours = after(model, model.get_output_embeddings()(hidden).float()).to(own.device)
     if not torch.allclose(ours, own, rtol=0, atol=TOLERANCE * float(own.abs().max())):
         raise UserError(

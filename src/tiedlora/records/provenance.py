@@ -25,6 +25,8 @@ CHAT_TEMPLATE = "chat template"
 """The entry beside them that holds the digest of the chat template, for a task that uses one."""
 TOKENIZER = "tokenizer"
 """The entry beside them that holds the digest of the tokenizer's rules, for a model in a folder."""
+TOKEN_FILES = "token files"
+"""The entry with the digest of what else decides tokens in a model's folder: vocabularies, merges, chat templates."""
 TARGET_BLANK, LEFT_OUT = "target blank", "left out"
 """The entry for a tokenizer that adds a blank before every text, and its value."""
 

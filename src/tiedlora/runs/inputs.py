@@ -19,8 +19,9 @@ from tiedlora import storage, tasks
 from tiedlora.config.identity import identity
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
-from tiedlora.models.identity import known_digest
+from tiedlora.models.identity import known_digest, tokens_digest
 from tiedlora.reading import typed
+from tiedlora.records.provenance import TOKEN_FILES
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.tasks import Example, Task, digest, load_examples, load_task
@@ -159,6 +160,9 @@ def check_same_inputs(config: Config, record: RunRecord, folder: RunFolder) -> N
         record.base.digest or "",
         known_digest(config.model, Path(config.cache)) or "",
     )
+    if (recorded := record.versions.get(TOKEN_FILES)) is not None:
+        token_files = tokens_digest(config.model, config.task.chat_template, Path(config.cache)) or ""
+        digests["files of the tokenizer or the chat template"] = (recorded, token_files)
     for what, (recorded, now) in digests.items():
         # The commit of a model of the hub is known once it is loaded.
         if now and now != recorded:

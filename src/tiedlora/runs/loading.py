@@ -25,7 +25,7 @@ from tiedlora.families import layout_of
 from tiedlora.models import device as devices
 from tiedlora.models.base_model import BaseModel, load_base
 from tiedlora.records.loss_metrics import is_loss
-from tiedlora.records.provenance import code_version, package_versions
+from tiedlora.records.provenance import TOKEN_FILES, code_version, package_versions
 from tiedlora.records.run_record import Admission
 from tiedlora.runs.admission import measure
 from tiedlora.runs.inputs import RunRows, SingleSlotCache, read_rows, warn_of_trained_rows
@@ -126,6 +126,8 @@ def load(config: Config, world: World) -> Loaded:
     # 5. How the run is carried out.
     assert base.record.digest is not None
     versions, execution = package_versions() | encoder.versions, devices.execution_on(device, world.size)
+    if (token_files := base.token_files.get(config.task.chat_template)) is not None:
+        versions[TOKEN_FILES] = token_files
     return Loaded(
         world=world,
         device=device,

@@ -30,9 +30,10 @@ from tiedlora.errors import UserError
 from tiedlora.models import products
 from tiedlora.models.base_model import load_base
 from tiedlora.models.device import execution_on, here_or_auto, set_up_device
-from tiedlora.models.identity import known_digest
+from tiedlora.models.identity import known_digest, tokens_digest
 from tiedlora.models.placement import input_device, without_gradients
 from tiedlora.records.loss_metrics import DRIFT, TARGET_LOSS_BY_TOKEN, is_loss, loss_scores
+from tiedlora.records.provenance import TOKEN_FILES
 from tiedlora.records.rows import PredictionRow, read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import ADAPTER, TEXTS, RunRecord, SplitScores
@@ -258,14 +259,19 @@ def _check_adapter(run: CheckedRun) -> Iterator[Finding]:
 
 
 def _check_base(run: CheckedRun) -> Iterator[Finding]:
-    """Check the digest of the base model, if it is here."""
+    """Check the digest of the base model, and that of its files that decide tokens, if it is here."""
     path, recorded = run.config.model.path, run.record.base.digest
     found = known_digest(run.config.model) if path is None or Path(path).exists() else None
     if found is None:
         explanation = f"{recorded}: the model is not here, or has its digest once it loads (regeneration compares it)"
         yield Finding("base", None, explanation)
     else:
-        yield _compared("base", {"the digest": (found, recorded)}, found)
+        values: dict[str, tuple[object, object]] = {"the digest": (found, recorded)}
+        # Earlier versions have not recorded it.
+        if (recorded_files := run.record.versions.get(TOKEN_FILES)) is not None:
+            files = tokens_digest(run.config.model, run.config.task.chat_template)
+            values["the files of its tokenizer or chat template"] = (files, recorded_files)
+        yield _compared("base", values, found)
 
 
 def _check_predictions(run: CheckedRun) -> Iterator[Finding]:

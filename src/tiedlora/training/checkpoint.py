@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tiedlora import storage
 from tiedlora.errors import UserError
 from tiedlora.reading import Text, plain, typed
-from tiedlora.records.provenance import CodeVersion, ContinuedFrom, Execution
+from tiedlora.records.provenance import CHAT_TEMPLATE, TOKEN_FILES, CodeVersion, ContinuedFrom, Execution
 from tiedlora.training.loop import TrainState
 
 log = logging.getLogger(__name__)
@@ -90,14 +90,14 @@ def restore(
     """Load the newest undamaged checkpoint into `parts` and `optimizer`; None if there is none.
 
     For a damaged checkpoint there is a warning, and the one before it is used. If package versions, commit, device or
-    processor have changed, there is a warning, and the state says so (`continued_from`). If the data or the base model
-    has changed, this is an error.
+    processor have changed, there is a warning, and the state says so (`continued_from`). If the data, the base model or
+    what makes its tokens has changed, this is an error.
 
     Args:
         buffers: the arm's other tensors, by name. Those that the checkpoint has are changed in place.
 
     Raises:
-        UserError: the checkpoint was trained on other data or another base model.
+        UserError: the checkpoint was trained on other data, another base model or other tokens.
     """
     own = _of_arm(parts, buffers)
     for candidate in _newest_first(folder):
@@ -158,7 +158,10 @@ def _newest_first(folder: Path) -> list[Path]:
 
 def _compare(saved: RunInputs, now: RunInputs, where: Path) -> bool:
     """Whether the inputs have changed since the checkpoint; each change that is allowed is a warning."""
-    for name, before, after in (("data", saved.data, now.data), ("base weights", saved.base, now.base)):
+    # What decides tokens is among the versions, if it was recorded.
+    recorded = [name for name in (CHAT_TEMPLATE, TOKEN_FILES) if name in saved.versions]
+    tokens = [(name, saved.versions[name], now.versions.get(name)) for name in recorded]
+    for name, before, after in (("data", saved.data, now.data), ("base weights", saved.base, now.base), *tokens):
         if before != after:
             raise UserError(
                 f"{where}: was trained on other {name} ({before}, now {after}); "
