@@ -139,6 +139,15 @@ def test_the_method_stands_alone(tmp_path):
     assert set(re.findall(r"\w+", packages)) <= set(ORDER[ORDER.index("adapter") :]), done.stderr
 
 
+def test_a_type_of_values_has_one_name_and_a_name_has_one_type():
+    places: dict[str, list[str]] = {}
+    for path in sorted(HOUSE.rglob("*.py")):
+        for statement in ast.parse(path.read_text()).body:
+            if isinstance(statement, ast.Assign) and ast.unparse(statement.value).startswith("Annotated["):
+                places.setdefault(ast.unparse(statement.targets[0]), []).append(path.relative_to(SRC).as_posix())
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
 def test_no_room_is_too_long():
     root = SRC.parent
     files = [path for folder in ("src", "tests", "benchmarks", "scripts") for path in (root / folder).rglob("*.py")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tiedlora.reading import Text
+from tiedlora.reading import StoredText
 
 DESCRIPTION = "adapter.json"
 """The file of an adapter's folder that describes it."""
@@ -14,11 +14,11 @@ DESCRIPTION = "adapter.json"
 class BaseModelRecord:
     """Which base model an adapter belongs to."""
 
-    name: Text
-    revision: Text | None
-    digest: Text | None
+    name: StoredText
+    revision: StoredText | None
+    digest: StoredText | None
     """The sha256 of its files, or its commit on the hub. Digest and revision are None if a program made the model."""
-    quantization: Text | None = None
+    quantization: StoredText | None = None
     """nf4 or int8, if its linear layers are quantised after loading; the digest is that of the files."""
 
     def __str__(self) -> str:

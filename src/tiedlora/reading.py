@@ -1,5 +1,7 @@
 """From the plain data of a file to typed values, and back. pydantic checks the types; its first error becomes one line
 that names the key.
+
+What a file of this project holds is Stored...; keys.py has the types of what a person sets.
 """
 
 from __future__ import annotations
@@ -26,13 +28,13 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
-Text = Annotated[str, Strict()]
+StoredText = Annotated[str, Strict()]
 Flag = Annotated[bool, Strict()]
-Number = Annotated[float, Strict(), Field(gt=-LARGEST, lt=LARGEST, allow_inf_nan=False)]
+StoredNumber = Annotated[float, Strict(), Field(gt=-LARGEST, lt=LARGEST, allow_inf_nan=False)]
 """A finite number, whole or not."""
-Whole = Annotated[int, Strict(), Field(gt=-LARGEST, lt=LARGEST)]
-Count = Annotated[int, Strict(), Field(ge=0, lt=LARGEST)]
-Name = Annotated[str, Strict(), AfterValidator(check_name)]
+StoredWhole = Annotated[int, Strict(), Field(gt=-LARGEST, lt=LARGEST)]
+StoredCount = Annotated[int, Strict(), Field(ge=0, lt=LARGEST)]
+StoredName = Annotated[str, Strict(), AfterValidator(check_name)]
 """A name as conf/ allows it for a model, a task or a configuration."""
 
 

@@ -25,7 +25,7 @@ from tiedlora.adapter.parts import ParameterGroup, TiedAdapter
 from tiedlora.description import DESCRIPTION, BaseModelRecord
 from tiedlora.errors import UserError
 from tiedlora.other_methods import REGISTERED, TyingConfig
-from tiedlora.reading import Name, Text, Whole, plain, read_typed
+from tiedlora.reading import StoredName, StoredText, StoredWhole, plain, read_typed
 from tiedlora.tying import Architecture, LrFactors
 
 FORMAT = 3
@@ -59,17 +59,17 @@ def register(kind: str, factory: Callable[[nn.Module, ArmSpec], Arm]) -> None:
 class ArmDescription:
     """The content of adapter.json of an arm of another method."""
 
-    format: Whole
+    format: StoredWhole
     base: BaseModelRecord
-    method: Text
+    method: StoredText
     resolved: dict[str, Any]
-    targets: list[Text]
-    seed: Whole
+    targets: list[StoredText]
+    seed: StoredWhole
     architecture: Architecture
-    tensors_file: Name
-    sha256: Text
+    tensors_file: StoredName
+    sha256: StoredText
     """The sha256 of the tensors' file."""
-    layers: list[Whole] | None = None
+    layers: list[StoredWhole] | None = None
 
 
 class Arm(ABC):

@@ -22,7 +22,7 @@ from tiedlora import tying as spec
 from tiedlora.adapter.parts import TiedAdapter, check_specification
 from tiedlora.description import DESCRIPTION, BaseModelRecord
 from tiedlora.errors import UserError
-from tiedlora.reading import Number, Text, Whole, plain, typed
+from tiedlora.reading import StoredNumber, StoredText, StoredWhole, plain, typed
 from tiedlora.tying import Architecture, Part, Tying
 
 log = logging.getLogger(__name__)
@@ -81,17 +81,17 @@ def _is_in_file(part: Part) -> bool:
 class _Description:
     """What is read of adapter.json."""
 
-    format: Whole
+    format: StoredWhole
     base: BaseModelRecord
     """The base model that the adapter was trained on."""
     tying: Tying
-    rank: Whole
-    alpha: Number
-    seed: Whole
+    rank: StoredWhole
+    alpha: StoredNumber
+    seed: StoredWhole
     architecture: Architecture
-    sha256: Text
+    sha256: StoredText
     """The sha256 of the tensors' file."""
-    scaling: Text = "standard"
+    scaling: StoredText = "standard"
 
 
 def load(folder: Path) -> tuple[TiedAdapter, BaseModelRecord]:

@@ -20,7 +20,7 @@ from tiedlora.config.explain import options
 from tiedlora.config.sizes import is_near
 from tiedlora.errors import UserError
 from tiedlora.keys import LARGEST_COUNT, from_person
-from tiedlora.reading import Flag, Number, Text, Whole
+from tiedlora.reading import Flag, StoredNumber, StoredText, StoredWhole
 from tiedlora.records.loss_metrics import DRIFT, LOSS_METRICS
 from tiedlora.records.run_record import arm_suffix
 from tiedlora.tasks import load_task
@@ -38,18 +38,18 @@ class Side:
     """One side of a comparison: a configuration at a rank, or at the rank or size that matches the other side."""
 
     __pydantic_config__ = _KNOWN_KEYS
-    configuration: Text = ""
-    rank: Annotated[Whole, Field(ge=1, le=LARGEST_COUNT)] | None = None
+    configuration: StoredText = ""
+    rank: Annotated[StoredWhole, Field(ge=1, le=LARGEST_COUNT)] | None = None
     at: Literal["equal_rank", "equal_parameters"] | None = None
     """How the rank follows from the other side; None for a side with a rank."""
-    seed_offset: Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)] = 0
+    seed_offset: Annotated[StoredWhole, Field(ge=0, le=LARGEST_COUNT)] = 0
     """This side's run of seed s + offset is paired with the other side's run of seed s. With it, a configuration is
     compared with itself (an A/A control)."""
     shuffle_targets: Flag = False
     """Whether the runs trained on shuffled targets (task.shuffle_targets), which teach only the form of an answer."""
     objective: Literal["targets", "reward"] = "targets"
     """What the runs trained for (objective=reward)."""
-    frontier: Text = ""
+    frontier: StoredText = ""
     """In place of all other keys: this configuration at the other side's number of parameters, between the two of its
     sizes that enclose it (groups.point)."""
 
@@ -103,16 +103,16 @@ class _Entry:
     """A claim as its file has it."""
 
     __pydantic_config__ = _KNOWN_KEYS
-    name: Annotated[Text, Field(min_length=1)]
+    name: Annotated[StoredText, Field(min_length=1)]
     method: Side
     comparator: Side
-    tasks: Annotated[dict[Text, Text], BeforeValidator(_by_task)]
+    tasks: Annotated[dict[StoredText, StoredText], BeforeValidator(_by_task)]
     """Task -> the metric that decides, or an empty text for its first. Without tasks, each that was run counts."""
-    retains: Annotated[Number, Field(ge=0.01, lt=1)] | None = None
+    retains: Annotated[StoredNumber, Field(ge=0.01, lt=1)] | None = None
     """The share of the comparator's gain that is kept."""
-    better_by: Annotated[Number, Field(ge=0, lt=1)] | None = None
+    better_by: Annotated[StoredNumber, Field(ge=0, lt=1)] | None = None
     """In the score's unit: 0.02 is two points."""
-    level_within: Annotated[Number, Field(ge=0.001, lt=1)] | None = None
+    level_within: Annotated[StoredNumber, Field(ge=0.001, lt=1)] | None = None
     """A share of the comparator's gain."""
     floor: Arm | None = None
     """The arm whose scores are the zero point of gains; None takes that of the file, or the base model."""
@@ -179,9 +179,9 @@ class _File:
 
     __pydantic_config__ = _KNOWN_KEYS
     claims: Annotated[list[_Entry], Field(min_length=1)]
-    paper: Text = ""
-    looks: list[Annotated[Whole, Field(ge=2)]] = field(default_factory=lambda: list(rules.LOOKS))
-    seeds: list[Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)]] | None = None
+    paper: StoredText = ""
+    looks: list[Annotated[StoredWhole, Field(ge=2)]] = field(default_factory=lambda: list(rules.LOOKS))
+    seeds: list[Annotated[StoredWhole, Field(ge=0, le=LARGEST_COUNT)]] | None = None
     floor: Arm | None = None
     weakest: Arm | None = None
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from tiedlora.reading import Number, Text
+from tiedlora.reading import StoredNumber, StoredText
 from tiedlora.records.loss_metrics import is_loss
 
 MISSING = "–"
@@ -19,10 +19,10 @@ LEVEL = 0.95
 class Interval:
     """An estimate and the two ends of its 95 % interval, in the unit of the score."""
 
-    value: Number
-    low: Number
-    high: Number
-    method: Text = ""
+    value: StoredNumber
+    low: StoredNumber
+    high: StoredNumber
+    method: StoredText = ""
     """How the ends were computed: wilson, newcombe, bootstrap, clusters, t or crossed."""
 
 

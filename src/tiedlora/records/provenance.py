@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from tiedlora.config.project import PROJECT
-from tiedlora.reading import Count, Flag, Text
+from tiedlora.reading import Flag, StoredCount, StoredText
 
 STUDY_RECORDS = "studies/*/runs/**"
 """The records of studies, from the top of the checkout."""
@@ -35,7 +35,7 @@ TARGET_BLANK, LEFT_OUT = "target blank", "left out"
 class CodeVersion:
     """The commit of the checkout whose code ran; None outside a git checkout."""
 
-    commit: Text | None
+    commit: StoredText | None
     dirty: Flag | None
     """Whether the checkout had uncommitted changes."""
 
@@ -47,13 +47,13 @@ class CodeVersion:
 class Execution:
     """Where a run was carried out. This is not part of the run's identity, but it changes rounding."""
 
-    device: Text
+    device: StoredText
     """`cpu`, or the GPU's name."""
-    threads: Annotated[Count, Field(ge=1)] | None = None
+    threads: Annotated[StoredCount, Field(ge=1)] | None = None
     """CPU threads of torch; None on a GPU."""
-    processes: Count = 1
+    processes: StoredCount = 1
     """How many processes trained together."""
-    processor: Text | None = None
+    processor: StoredText | None = None
     """The CPU's model and its vector instructions; None on a GPU, and in records before this key."""
 
     @property
@@ -75,7 +75,7 @@ class Execution:
 class ContinuedFrom:
     """How the first steps of a run were made. The run then continued with other code, packages, or elsewhere."""
 
-    step: Count
+    step: StoredCount
     """The last of these steps."""
     code: CodeVersion | None
     versions: dict[str, str]

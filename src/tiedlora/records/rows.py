@@ -11,9 +11,9 @@ from typing import Any, Generic, TypeVar
 
 from tiedlora import storage
 from tiedlora.errors import UserError
-from tiedlora.reading import Count, Flag, Number, Text, is_number, typed
+from tiedlora.reading import Flag, StoredCount, StoredNumber, StoredText, is_number, typed
 
-Score = Number | list[Number]
+Score = StoredNumber | list[StoredNumber]
 """A number in [0, 1] (for a loss, nats per token), or the statistics of one row. A corpus-level metric comes from their
 sum over rows."""
 NOT_GENERATED = "not generated"
@@ -24,25 +24,25 @@ NOT_GENERATED = "not generated"
 class PredictionRow:
     """The model's answer to one example, and its scores. A row with only a loss has no answer."""
 
-    id: Text
-    prompt: Text
+    id: StoredText
+    prompt: StoredText
     """The prompt that the model got."""
-    references: list[Text]
-    output: Text
+    references: list[StoredText]
+    output: StoredText
     """The generated text, or the most likely of `choices`; empty without an answer."""
-    scores: dict[Text, Score]
+    scores: dict[StoredText, Score]
     shortened: Flag = False
     """Whether the prompt was shortened to fit."""
-    output_tokens: Count = 0
-    ended: Text = ""
+    output_tokens: StoredCount = 0
+    ended: StoredText = ""
     """How generation ended: end (a token that ends), stop (stop string) or length; `choice` if texts were compared;
     NOT_GENERATED without an answer."""
-    choices: list[Text] | None = None
-    log_likelihoods: list[Number] | None = None
+    choices: list[StoredText] | None = None
+    log_likelihoods: list[StoredNumber] | None = None
     """One for each of `choices`, in nats."""
     cut_target: Flag = False
     """Whether the loss leaves out the end of the target, because prompt and target do not fit into the context."""
-    cluster: Text = ""
+    cluster: StoredText = ""
     """What the row belongs to together with others, such as an article (task.cluster); empty if it stands alone."""
 
     @property
@@ -120,10 +120,10 @@ def read_metrics(path: Path, metric: str = "") -> list[MetricsRow]:
 class ValidationLosses:
     """The loss of every validation row at one step of training."""
 
-    step: Count
-    losses: list[Number]
+    step: StoredCount
+    losses: list[StoredNumber]
     """Each row's mean cross-entropy per target token, in nats, in the order of the validation rows."""
-    tokens: list[Count]
+    tokens: list[StoredCount]
     """Each row's number of target tokens."""
 
     def to_json(self) -> dict[str, Any]:

@@ -14,18 +14,28 @@ from pydantic import BeforeValidator, Field
 from tiedlora.config.schema import FORGETTING, SCORED_SPLITS, SPLITS, Split
 from tiedlora.description import BaseModelRecord
 from tiedlora.errors import UserError
-from tiedlora.reading import Count, Flag, Name, Number, Text, Whole, plain, read_typed, typed
+from tiedlora.reading import (
+    Flag,
+    StoredCount,
+    StoredName,
+    StoredNumber,
+    StoredText,
+    StoredWhole,
+    plain,
+    read_typed,
+    typed,
+)
 from tiedlora.records.interval import Interval
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.provenance import CodeVersion, ContinuedFrom, Execution
 from tiedlora.text import is_name
 from tiedlora.tying import PARTS
 
-RunId = Annotated[Text, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,400}$")]
-ScoredSplit = Annotated[Text, Field(pattern=f"^({'|'.join((*SCORED_SPLITS, FORGETTING))})$")]
-Sha256 = Annotated[Text, Field(pattern="^[0-9a-f]{64}$")]
-AdapterFile = Annotated[Text, Field(pattern=r"^adapter/[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
-Scores = dict[Name, Interval]
+RunId = Annotated[StoredText, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,400}$")]
+StoredSplit = Annotated[StoredText, Field(pattern=f"^({'|'.join((*SCORED_SPLITS, FORGETTING))})$")]
+Sha256 = Annotated[StoredText, Field(pattern="^[0-9a-f]{64}$")]
+AdapterFile = Annotated[StoredText, Field(pattern=r"^adapter/[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+Scores = dict[StoredName, Interval]
 """Metric -> its value with its interval: within [-1, 1], or in nats if the metric is a loss."""
 
 
@@ -33,21 +43,21 @@ Scores = dict[Name, Interval]
 class Named:
     """A model, a task or a tying. Only a task has a kind."""
 
-    name: Name
-    kind: Text = ""
+    name: StoredName
+    kind: StoredText = ""
 
 
 @dataclass(frozen=True)
 class RankValues:
-    r: Whole
-    alpha: Number | None = None
-    scaling: Text = "standard"
+    r: StoredWhole
+    alpha: StoredNumber | None = None
+    scaling: StoredText = "standard"
 
 
 @dataclass(frozen=True)
 class TrainValues:
-    lr: Number
-    lr_factor: dict[Text, Number] | None = None
+    lr: StoredNumber
+    lr_factor: dict[StoredText, StoredNumber] | None = None
 
 
 def arm_suffix(shuffles_targets: bool, objective: str | None) -> str:
@@ -104,15 +114,15 @@ def from_tree(kind: type[Values], tree: dict[str, Any]) -> Values:
 class DataRecord:
     """The rows of one split that training or validation saw."""
 
-    digest: Text
+    digest: StoredText
     """sha256 of the examples' content (tasks.digest)."""
-    rows: Count = 0
-    shortened: Count = 0
+    rows: StoredCount = 0
+    shortened: StoredCount = 0
     """Rows whose prompt was shortened to fit."""
-    dropped_prompt: Count = 0
+    dropped_prompt: StoredCount = 0
     """Rows left out because their prompt did not fit."""
-    dropped_target: Count = 0
-    dropped_answer: Count = 0
+    dropped_target: StoredCount = 0
+    dropped_answer: StoredCount = 0
     """Rows left out because shortening the prompt removed the answer from it."""
 
 
@@ -120,11 +130,11 @@ class DataRecord:
 class Halving:
     """Memory ran out, and from then on passes were at most half as large. The gradients are the same sums."""
 
-    step: Count
+    step: StoredCount
     """The optimizer step, counted from 1; 0 for the validation before it."""
-    during: Text
+    during: StoredText
     """`training` or `validation`; `sampling` of the answers that objective=reward scores."""
-    tokens: Count
+    tokens: StoredCount
     """Most tokens of a pass from then on, without padding. A row that has more is a pass of its own. While
     sampling, the number of answers in a batch, times the longest prompt and answer of the step."""
 
@@ -133,25 +143,25 @@ class Halving:
 class TrainingRecord:
     """The costs and the losses of training."""
 
-    steps: Count
-    seconds: Number
+    steps: StoredCount
+    seconds: StoredNumber
     """Seconds of the training steps, without validation and checkpoints."""
-    tokens_per_s: Number
-    validation_loss_first: Number
+    tokens_per_s: StoredNumber
+    validation_loss_first: StoredNumber
     """Mean loss per target token before the first step."""
-    validation_loss_last: Number
-    peak_memory_bytes: Count
+    validation_loss_last: StoredNumber
+    peak_memory_bytes: StoredCount
     """Bytes, read when training ended: the largest allocations of the first process on its GPUs, added up, or the
     process's largest resident size."""
-    tokens: Count = 0
+    tokens: StoredCount = 0
     """Real tokens; padding is not counted."""
-    target_tokens: Count = 0
-    clipped_share: Number = 0.0
+    target_tokens: StoredCount = 0
+    clipped_share: StoredNumber = 0.0
     """Share of the steps whose gradient was clipped."""
-    skipped_steps: Count = 0
-    best_step: Count | None = None
+    skipped_steps: StoredCount = 0
+    best_step: StoredCount | None = None
     """The step of the lowest validation loss."""
-    scored_step: Count | None = None
+    scored_step: StoredCount | None = None
     """The step whose adapter was saved and scored."""
     halvings: list[Halving] | None = None
     """Where memory ran out, in order; None if it never did."""
@@ -168,30 +178,30 @@ TEXTS, ADAPTER = "texts", "adapter"
 class SplitScores:
     """The scores of one split. All scores are fractions of 1, BLEU and chrF too. Only losses are in nats."""
 
-    rows: Annotated[Count, Field(gt=0)]
-    digest: Text
+    rows: Annotated[StoredCount, Field(gt=0)]
+    digest: StoredText
     metrics: Annotated[Scores, Field(min_length=1)]
-    seconds: Number = 0.0
+    seconds: StoredNumber = 0.0
     """Seconds of the adapted model's answers."""
-    loss_seconds: Number | None = None
+    loss_seconds: StoredNumber | None = None
     """Seconds of the adapted model's losses."""
-    shortened: Count = 0
-    output_tokens: Count = 0
-    batch_halvings: Count | None = None
+    shortened: StoredCount = 0
+    output_tokens: StoredCount = 0
+    batch_halvings: StoredCount | None = None
     """How often score.batch_size and score.batch_tokens were halved, for the base model too, because memory ran out."""
-    cut_targets: Count | None = None
+    cut_targets: StoredCount | None = None
     """Rows whose loss leaves out the end of the target, which does not fit into the context; None if there are none."""
     base: Scores | None = None
     """The base model's scores on the same rows."""
     gain: Scores | None = None
     """Adapted minus base, paired on the rows. For a loss, a negative gain is an improvement."""
-    source: Text | None = None
+    source: StoredText | None = None
     """Where the rows come from, if they are passages of neutral text (the value of score.forgetting)."""
-    source_digest: Text | None = None
+    source_digest: StoredText | None = None
     """The sha256 of the source, if it is a text file."""
-    signatures: dict[Text, Text] | None = None
+    signatures: dict[StoredText, StoredText] | None = None
     """Metric -> the implementation and settings that computed it, if its name does not say enough."""
-    files: dict[Text, Sha256] = field(default_factory=dict)
+    files: dict[StoredText, Sha256] = field(default_factory=dict)
     """Predictions file -> its sha256."""
     executions: list[Execution] | None = None
     """Where the split was scored; None if all of it was on the same kind of device as the last training step."""
@@ -212,15 +222,15 @@ class Admission:
     of the base model.
     """
 
-    start: Number
+    start: StoredNumber
     """Between the base model and the arm before training."""
     moves: Flag
     """Whether one step of training changes a logit."""
-    later_tokens: Number
+    later_tokens: StoredNumber
     """At a position, when only tokens after it change."""
-    other_rows: Number
+    other_rows: StoredNumber
     """In a row, when only the other rows of its batch change."""
-    reload: Number
+    reload: StoredNumber
     """Between the arm and the arm that is read from its files."""
 
     @property
@@ -252,30 +262,30 @@ class RunRecord:
     run_id: RunId
     identity: Annotated[Identity, BeforeValidator(with_tree)]
     config: Annotated[ConfigRecord, BeforeValidator(with_tree)]
-    seed: Whole
+    seed: StoredWhole
     code: CodeVersion
     versions: dict[str, str]
     """Package -> installed version."""
     execution: Execution
     base: BaseModelRecord
-    trainable_params: Count
-    share_of_lora: Number
+    trainable_params: StoredCount
+    share_of_lora: StoredNumber
     """Trainable parameters divided by those of the paper's LoRA at the same rank."""
     data: dict[Split, DataRecord]
     training: TrainingRecord
-    adapter_bytes: Count
-    scores: dict[ScoredSplit, SplitScores]
+    adapter_bytes: StoredCount
+    scores: dict[StoredSplit, SplitScores]
     status: Literal["done"]
     """Always `done`: other runs have no record."""
     files: dict[AdapterFile, Sha256] = field(default_factory=dict)
     """File of the adapter -> its sha256."""
-    stored_params: Count | None = None
+    stored_params: StoredCount | None = None
     """Numbers in the adapter's files, frozen ones included; None if these are the trained parameters."""
-    more_ends: list[Count] | None = None
+    more_ends: list[StoredCount] | None = None
     """The tokens at which answers end, besides the tokenizer's end-of-text token; None if there are no others."""
     admission: Admission | None = None
     """The checks of an arm of another method before its first step."""
-    left_out: list[Text] | None = None
+    left_out: list[StoredText] | None = None
     """What a study does not keep of the run's folder: TEXTS, ADAPTER. None for the run's own folder."""
 
     def to_json(self) -> dict[str, Any]:

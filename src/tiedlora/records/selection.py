@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tiedlora import storage
-from tiedlora.reading import Count, Flag, Number, Text, Whole, read_typed
+from tiedlora.reading import Flag, StoredCount, StoredNumber, StoredText, StoredWhole, read_typed
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_record import RunRecord
 
@@ -23,31 +23,31 @@ LOSS = "validation/loss"
 class RateChoice:
     """The chosen rate of one model, task, configuration and rank, and the trials that chose it."""
 
-    model: Text
-    task: Text
-    configuration: Text
-    rank: Whole
-    lr: Number
-    lrs: list[Number]
+    model: StoredText
+    task: StoredText
+    configuration: StoredText
+    rank: StoredWhole
+    lr: StoredNumber
+    lrs: list[StoredNumber]
     """The rates that were tried, in ascending order."""
-    metric: Text
+    metric: StoredText
     """The metric that chose: that of `validation_metric`, or LOSS."""
-    value: Number
+    value: StoredNumber
     """Mean over the selection seeds, on validation."""
-    seeds: Count
+    seeds: StoredCount
     """The number of runs at the chosen rate."""
-    trials: Count
+    trials: StoredCount
     """The number of runs that were tried, failed and stopped ones included. It is the effort of the search."""
-    failed: Count
+    failed: StoredCount
     edge: Flag
     """Whether the chosen rate is the lowest or highest of those tried. Then the best rate may be outside them."""
-    run_ids: list[Text]
+    run_ids: list[StoredText]
     """The runs of the chosen rate, one for each seed."""
-    test: Number | None = None
+    test: StoredNumber | None = None
     """Mean over the seeds on test, once it is scored."""
-    test_metric: Text = ""
+    test_metric: StoredText = ""
     """The metric of `test`: the one that chose if test has it, otherwise the task's first."""
-    selection_seeds: list[Whole] = field(default_factory=list)
+    selection_seeds: list[StoredWhole] = field(default_factory=list)
     """The seeds that the rate was compared on."""
 
     @property
@@ -59,13 +59,13 @@ class RateChoice:
 class SearchDecision:
     """One decision of the staged sweeper, with its reason."""
 
-    lr: Number
-    action: Text
+    lr: StoredNumber
+    action: StoredText
     """stopped, diverged, outward (the rate joined beyond an edge), edge (no rate joined), finalist, chosen, fallback
     (chosen because a better one diverged), or none (no rate is left)."""
-    reason: Text
-    seed: Whole | None = None
-    step: Whole | None = None
+    reason: StoredText
+    seed: StoredWhole | None = None
+    step: StoredWhole | None = None
     """The step of training after which the run stopped."""
 
 
@@ -73,15 +73,15 @@ class SearchDecision:
 class RateSearch:
     """How the staged sweeper searched the rate of one configuration."""
 
-    group: Text
+    group: StoredText
     """Configuration, rank, task and model in words."""
-    seeds: list[Whole]
+    seeds: list[StoredWhole]
     """In the order of use: the first two search."""
-    rungs: list[Whole]
+    rungs: list[StoredWhole]
     """The steps at which rates could stop."""
-    lowest: Number
+    lowest: StoredNumber
     """The bounds of rates outside the grid."""
-    highest: Number
+    highest: StoredNumber
     decisions: list[SearchDecision]
 
 
@@ -89,9 +89,9 @@ class RateSearch:
 class Selection:
     """The choices for a sweep."""
 
-    sweep: Text
+    sweep: StoredText
     """The sweep's id."""
-    by: Text
+    by: StoredText
     """The criterion: `score` or `loss`."""
     choices: list[RateChoice]
     searches: list[RateSearch] = field(default_factory=list)

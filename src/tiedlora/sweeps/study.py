@@ -29,7 +29,7 @@ from tiedlora.config.schema import FORGETTING
 from tiedlora.errors import UserError
 from tiedlora.export.study_records import export_record, export_stopped
 from tiedlora.keys import from_person
-from tiedlora.reading import Text
+from tiedlora.reading import StoredText
 from tiedlora.records.provenance import code_version, git
 from tiedlora.records.run_folder import RunFolder, State
 from tiedlora.records.run_record import RunRecord
@@ -76,8 +76,8 @@ def _plain(name: str) -> str:
     return name
 
 
-Word = Annotated[Text, AfterValidator(_allowed)]
-PlainName = Annotated[Text, AfterValidator(_plain)]
+Word = Annotated[StoredText, AfterValidator(_allowed)]
+PlainName = Annotated[StoredText, AfterValidator(_plain)]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Study:
     words: list[Word]
     """The words of every sweep."""
     parts: Annotated[list[StudyPart], Field(min_length=1)]
-    records: Text | None = None
+    records: StoredText | None = None
     """The sha256 of the archive of its records, once the study is finished."""
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tiedlora import storage
 from tiedlora.errors import UserError
-from tiedlora.reading import Text, plain, typed
+from tiedlora.reading import StoredText, plain, typed
 from tiedlora.records.provenance import CHAT_TEMPLATE, TOKEN_FILES, CodeVersion, ContinuedFrom, Execution
 from tiedlora.training.loop import TrainState
 
@@ -43,7 +43,7 @@ class RunInputs:
     execution: Execution
     data: dict[str, str] = field(default_factory=dict)
     """Split -> the digest of its rows."""
-    base: Text = ""
+    base: StoredText = ""
     """The digest of the base model."""
     versions: dict[str, str] = field(default_factory=dict)
     code: CodeVersion | None = None
