@@ -27,6 +27,7 @@ from tiedlora.analysis.compare import worth_of
 from tiedlora.analysis.groups import curve, group_runs, point
 from tiedlora.analysis.intervals import Clusters, mean_squares
 from tiedlora.analysis.runs import read_runs
+from tiedlora.errors import UserError
 from tiedlora.page import charts, figures, readme, tables, write
 
 SURE = {"rows": 1000, "seed_sd": 0.002, "seeds": 3}
@@ -248,8 +249,16 @@ class TestCurve:
         assert (92_160 in found) == kind.endswith("seed")
 
     def test_an_arm_of_the_curve_is_not_compared_with_the_curve(self, root):
-        (answer,) = trial(root, "better_by: 0.0", "frontier: LoRA", method="LoRA, rank: 1").answers
-        assert answer.reason == "LoRA r=1 is on the curve of LoRA itself"
+        for method in ("LoRA, rank: 1", "LoRA_l15, rank: 1"):
+            with pytest.raises(UserError, match="is on the curve of LoRA itself; choose another frontier or method"):
+                trial(root, "better_by: 0.0", "frontier: LoRA", method=method)
+        assert trial(root, "better_by: 0.0", "frontier: LoRA", method="LoRA, rank: 1, shuffle_targets: true")
+
+    def test_a_floor_that_the_runs_show_to_be_a_side_is_named(self, tmp_path):
+        world(tmp_path / "runs", {("LoRA", 1): 0.6, ("TABuv", 11): 0.7}, **SURE)
+        rule = "retains: 0.9\n    floor: {configuration: LoRA, rank: 1}"
+        (answer,) = trial(tmp_path, rule, "configuration: LoRA, at: equal_parameters", method="TABuv, rank: 11").answers
+        assert answer.reason == "the floor is LoRA r=1, a side of the comparison itself; choose another"
 
     def test_only_lora_counts_in_the_column_about_lora(self, root, tmp_path):
         def column(comparator, root=root):

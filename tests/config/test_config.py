@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import omegaconf
 import pytest
 from helpers.hostile import ODD_VALUES, refused, right_or_refused, search
 from hydra import initialize_config_dir
@@ -22,7 +21,6 @@ from tiedlora.other_methods import TyingConfig, peft_class
 from tiedlora.runs import run
 
 SECRET = "hunter2-0123456789abcdef0123456789abcdef"
-NEXT = omegaconf.__version__ >= "2.4"
 """Whether this is OmegaConf 2.4, which has other messages."""
 
 MISTAKES = {  # one for each rule: overrides, and how the message begins
@@ -82,6 +80,10 @@ MISTAKES = {  # one for each rule: overrides, and how the message begins
     # Interpolations
     "a secret of the environment": (
         ["tracking.group='${oc.env:TIEDLORA_X,${oc.env:WANDB_API_KEY}}'"],
+        "${oc.env:WANDB_API_KEY}: a configuration is recorded",
+    ),
+    "a secret by a name put together": (
+        ["tracking.group=env", "tracking.project='${oc.${tracking.group}:WANDB_API_KEY}'"],
         "${oc.env:WANDB_API_KEY}: a configuration is recorded",
     ),
     "a value of itself": (["seed=${seed}"], "seed: Recursive interpolation"),
@@ -168,10 +170,14 @@ FILES = {  # contents of a config.yaml that a command line cannot have
     "thousands of brackets": (b"task: " + b"[" * 1500, "is not readable YAML"),
     "a key twice": (b"seed: 1\nseed: 2\n", "is not readable YAML"),
     "a key that is a number": (b"1: 2\n", "1: unknown key"),
-    "a surrogate by escape": (PLAIN + b'tracking: {group: "\\ud800"}\n', "invalid Unicode" if NEXT else "surrogate"),
-    "a secret by a name put together": (
-        b"tracking: {group: env, project: '${oc.${tracking.group}:WANDB_API_KEY}'}\n",
-        "may read TIEDLORA_",
+    "a surrogate by escape": (PLAIN + b'tracking: {group: "\\ud800"}\n', "invalid Unicode"),
+    "an interpolation, which stays text": (
+        PLAIN + b"tracking: {project: '${oc.env:WANDB_API_KEY}'}\n",
+        "tracking.project=${oc.env:WANDB_API_KEY}: ",
+    ),
+    "texts that double": (
+        PLAIN + b"".join(b"k%d: '${k%d}${k%d}'\n" % (n, n + 1, n + 1) for n in range(50)) + b"k50: xx\n",
+        "k0: unknown key",
     ),
 }
 

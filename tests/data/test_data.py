@@ -11,7 +11,6 @@ from tiedlora.data.batching import collate
 from tiedlora.data.encoding import Encoder, encode_rows
 from tiedlora.description import BaseModelRecord
 from tiedlora.errors import UserError
-from tiedlora.models.base_model import BaseModel
 from tiedlora.tasks import Example
 from tiedlora.tasks.rows import DataRow
 from tiedlora.tasks.squad import Squad
@@ -132,7 +131,7 @@ def test_tokens_are_kept_by_content(tmp_path, monkeypatch):
     expected = encode_rows(usual, examples)
 
     def load_or_encode(digest="rows", weights="sha256:1", coder=usual, known=True):
-        base = BaseModel(None, None, BaseModelRecord("a", "main", weights), digest_is_known=known)
+        base = BaseModelRecord("a", "main", weights) if known else None
         return encoding.load_or_encode(coder, examples, digest, base, tmp_path)
 
     assert load_or_encode(known=False) == expected

@@ -67,6 +67,7 @@ TEXTS = {
     "a list": (b"[]", "must hold a JSON object"),
     "not UTF-8": (b'{"run_id": "\xff"}', "is not valid JSON"),
     "a hundred thousand brackets": (b"[" * 100_000, "is not valid JSON"),
+    "a key twice": (b'{"run_id": "TABuv", "training": {"steps": 1, "steps": 2}}', "the key 'steps' is there twice"),
 }
 COMMANDS = (
     ("scripts/score.py", "--split", "validation"),
@@ -88,6 +89,36 @@ def test_a_damaged_result_ends_every_command_in_a_line(what, folder, words, scri
     assert (code, len(err.splitlines())) == (2, 1)
     assert says in err
     assert snapshot(folder) == before
+
+
+DOUBLING = {  # under 1 kB, and more values than any memory holds
+    "aliases of aliases": "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]\n" for n in range(12)),
+    "an alias of itself": "a: &a [*a]\n",
+    "interpolations": "".join(f"a{n}: '{f'${{a{n + 1}}}' * 9}'\n" for n in range(12)) + "a12: x\n",
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("what", DOUBLING)
+def test_a_small_file_of_yaml_with_endless_values_is_refused_at_once(what, folder, tmp_path, script):
+    text = DOUBLING[what]
+    assert len(text) < 1000
+    says = "is an alias; write out what it stands for" if "alias" in what else ".yaml: "
+    study, claims = tmp_path / "study" / "study.yaml", tmp_path / "claims.yaml"
+    study.parent.mkdir()
+    for path in (folder / "config.yaml", study, claims):
+        path.write_text(text)
+    for name, *arguments in (
+        *((name, folder, *rest) for name, *rest in COMMANDS[:2]),
+        ("scripts/study.py", "plan", study.parent),
+        ("scripts/report.py", folder.parent, "--claims", claims, "--out", tmp_path / "report"),
+    ):
+        code, out, err = script(name, *arguments)
+        assert (code, out, len(err.splitlines())) == (2, "", 1), name
+        assert says in err, name
+    # Of a run that is not finished, the report needs config.yaml only for its name.
+    (folder / "result.json").unlink()
+    assert script("scripts/report.py", folder.parent, "--out", tmp_path / "report")[2].count("Traceback") == 0
 
 
 def test_the_result_of_another_run_is_not_taken_for_this_one(folder, words, place):
@@ -172,6 +203,7 @@ ROWS = {
     "empty": (b"", "holds no predictions"),
     "cut short": (b'{"id": "0", "prompt', "validation.jsonl:1: is not a prediction"),
     "brackets": (b"[" * 100_000, "validation.jsonl:1: is not a prediction"),
+    "a key twice": (b'{"id": "0", "id": "1"}', "is not a prediction (the key 'id' is there twice)"),
 }
 FIELDS = {
     "an id that is a number": {"id": 3},
@@ -205,6 +237,7 @@ def test_wrong_predictions(what, folder, tmp_path, script):
 def test_metrics_that_are_cut_or_garbage_are_passed_over(folder, tmp_path, words):
     path = folder / "metrics.jsonl"
     garbage = [b'{"step": 9, "train/loss": ', b"\x00\xff\xfe", b'{"step": "x"}', b"3", b"[]", b"null", b"[" * 100_000]
+    garbage += [b'{"step": 1, "train/loss": 1, "train/loss": 2}']
     odd = [b'{"step": 1e400, "train/loss": 1}', b'{"step": 1, "train/loss": NaN}', b'{"train/loss": 1}']
     whole = read_metrics(path)
     path.write_bytes(path.read_bytes() + b"\n".join([*odd, *garbage]))

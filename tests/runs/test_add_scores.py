@@ -123,4 +123,4 @@ def test_a_changed_loss_is_named_by_its_row(config):
     change_rows(path, lambda row: row["scores"].update(loss_scores(total - 0.5 * tokens, int(tokens))), [3])
     found = "\n".join(wrong(folder))
     assert f"losses validation: row {name}: now [" in found
-    assert "predictions validation: metrics.target_loss.value is " in found
+    assert "predictions validation: scores.validation.metrics.target_loss.value is " in found

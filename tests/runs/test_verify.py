@@ -1,5 +1,6 @@
 """scripts/verify.py: an unchanged run agrees, and each kind of change is named."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.records.rows import PredictionRow, read_predictions
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import verify
+from tiedlora.runs import verify, verify_scores
 from tiedlora.tasks import load_examples
 
 ROWS = [{"question": f"What is {i} and 1?", "answer": f"{i}\n#### {i + 1}"} for i in range(40)]
@@ -53,11 +54,55 @@ def wrong(folder: Path, rows: int = 4) -> dict[str, str]:
 
 def test_an_untouched_run_agrees_in_every_check(copy):
     findings = verify.verify(copy, data_root=str(copy.parent / "data"), rows=100)
-    assert [finding.check for finding in findings if not finding.ok] == []
+    assert [finding.check for finding in findings if not finding.ok] == ["result.json"], "what nothing can tell"
     checks = {finding.check for finding in findings}
     assert checks >= {"configuration", "files", "adapter", "base", "predictions validation"}
     assert checks >= {"data train", "data validation"}
     assert checks >= {"regenerate validation", "regenerate validation.base"}
+
+
+def numbers(tree, section=""):
+    """(dotted key of a value of a record, the object or list that holds the number, its key there) of every number."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        name = f"{section}.{key}".removeprefix(".") if isinstance(tree, dict) else section
+        if isinstance(value, dict | list):
+            yield from numbers(value, name)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, tree, key
+
+
+UNKNOWN = {
+    *("execution.threads", "execution.processes", "training.peak_memory_bytes"),
+    *("scores.validation.seconds", "scores.validation.loss_seconds"),
+}
+"""The numbers of a plain run that nothing in its folder, its rows or its base model can tell."""
+
+
+@pytest.mark.parametrize("whose", ["results", pytest.param("configuration", marks=pytest.mark.slow)])
+def test_each_number_of_a_record_is_checked_or_listed_as_not_checked(copy, whose):
+    """One number at a time is changed. verify names it, or says that it is not checked."""
+    path = copy / "result.json"
+    record = json.loads(path.read_text())
+    named, listed = set(), set()
+    places = [
+        (key, holder, place)
+        for key, holder, place in numbers(record)
+        if key.startswith(("config.", "identity.")) is (whose == "configuration")
+    ]
+    for key, holder, place in places:
+        number = holder[place]
+        holder[place] = number + 1 if isinstance(number, int) else number * 1.001 + 1e-6
+        path.write_text(json.dumps(record))
+        holder[place] = number
+        *found, last = verify.verify(copy, data_root=str(copy.parent / "data"), rows=0)
+        sections = last.explanation.partition(": ")[2].split(", ")
+        if any(finding.ok is False and f"{key} is " in finding.explanation for finding in found):
+            named.add(key)
+        elif any(f"{key}.".startswith(f"{section}.") for section in sections):
+            listed.add(key)
+    assert {key for key, *_ in places} == named | listed, "changed, and not a word"
+    assert len(named) >= 20
+    assert listed == (UNKNOWN if whose == "results" else set())
 
 
 @pytest.mark.parametrize("kind", ["validation", "validation.base"])
@@ -70,7 +115,7 @@ def test_a_changed_output_is_named_by_its_row(copy, kind):
     assert f"row {name}:" in found[f"regenerate {kind}"]
     # With an equal score, regeneration alone finds it.
     change_rows(path, lambda row: row.update(output="something else"), [5])
-    assert list(wrong(copy, rows=100)) == ["files", f"regenerate {kind}"]
+    assert list(wrong(copy, rows=100)) == ["files validation", f"regenerate {kind}"]
 
 
 @pytest.mark.parametrize("name", ["adapter.json", "adapter.safetensors", "validation.jsonl", "validation.base.jsonl"])
@@ -78,12 +123,12 @@ def test_a_file_with_another_sha256_than_the_records_is_named(copy, name):
     """A change without meaning (a space, a line end) is a change too."""
     (path,) = copy.rglob(name)
     path.write_bytes(path.read_bytes() + b"\n")
-    name = path.relative_to(copy).as_posix()
+    name, check = path.relative_to(copy).as_posix(), "files" if "adapter" in name else "files validation"
     found = wrong(copy, rows=0)
-    assert found["files"].startswith(f"the sha256 of {name} is ")
+    assert f"files.{name} is " in found[check]
     assert ("adapter" in found) == (name == "adapter/adapter.safetensors"), "it has a sha256 of its own"
     path.unlink()
-    assert f"the sha256 of {name} is None" in wrong(copy, rows=0)["files"]
+    assert f"files.{name} is None" in wrong(copy, rows=0)[check]
 
 
 def test_an_added_splits_files_are_recorded_too(copy):
@@ -96,7 +141,7 @@ def test_an_added_splits_files_are_recorded_too(copy):
     cut_off = (copy / "predictions/test.jsonl").read_text().splitlines(keepends=True)[:3]
     (copy / "predictions/test.jsonl").write_text("".join(cut_off))
     found = wrong(copy, rows=0)
-    assert "predictions/test.jsonl" in found["files"]
+    assert "predictions/test.jsonl" in found["files test"]
     assert "rows is 3, recorded 4" in found["predictions test"]
 
 
@@ -163,7 +208,7 @@ def test_on_another_processor_an_output_may_differ_by_rounding(elsewhere, monkey
     assert "rounding does not explain it" in wrong_here.explanation
     assert "Another (AVX512)" in wrong_here.explanation
     # A gap as large as the logits of a random model allows every text.
-    monkeypatch.setitem(verify.TOLERANCES, "float32", verify.Tolerances(1e-3, 100.0, 0.5, 0.05))
+    monkeypatch.setitem(verify_scores.TOLERANCES, "float32", verify_scores.Tolerances(1e-3, 100.0, 0.5, 0.05))
     close = regeneration(elsewhere)["regenerate validation"]
     assert close.ok
     assert close.by_rounding
@@ -186,7 +231,7 @@ def test_the_gap_of_another_answer_is_the_largest_of_its_logits(finished):
     for text in "abc#1":
         answer = PredictionRow("0", example.prompt, [], text, {}, ended="length")
         for ended, end in (("length", ()), ("end", (tokenizer.eos_token_id,))):
-            gap = verify.largest_gap(model, scorer, example, answer, replace(answer, ended=ended))
+            gap = verify_scores.largest_gap(model, scorer, example, answer, replace(answer, ended=ended))
             # The answer may have begun with a blank, and the smaller gap of the two counts.
             assert gap == pytest.approx(min(expected(text, *end), expected(f" {text}", *end)), abs=1e-5)
 
@@ -200,7 +245,7 @@ def test_on_another_processor_the_mean_loss_must_agree(finished, elsewhere, monk
     (here,) = added.scores["test"].executions
     assert here.processor != added.execution.processor
     put(elsewhere, "scores.test.executions", [{**vars(here), "processor": "Another (AVX512)"}])
-    monkeypatch.setitem(verify.TOLERANCES, "float32", verify.Tolerances(1e-3, 0.01, 0.5, 0.05))
+    monkeypatch.setitem(verify_scores.TOLERANCES, "float32", verify_scores.Tolerances(1e-3, 0.01, 0.5, 0.05))
 
     def scale(row):
         total, tokens = row["scores"]["target_loss_by_token"]

@@ -123,4 +123,4 @@ def test_a_run_records_it_and_a_finished_one_gets_it(tiny_config, text, script, 
     path = folder.predictions_file("forgetting")
     path.write_text(path.read_text().replace("Another text", "Another word", 1))
     wrong = {finding.check for finding in verify.verify(folder.path, rows=0) if finding.ok is False}
-    assert {"data forgetting", "files"} <= wrong
+    assert {"data forgetting", "files forgetting"} <= wrong

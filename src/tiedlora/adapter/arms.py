@@ -251,6 +251,16 @@ def read(folder: Path) -> tuple[TiedAdapter | ArmSpec, BaseModelRecord]:
     return ArmSpec(tying, saved.architecture, saved.seed), saved.base
 
 
+def stored_params(folder: Path) -> int:
+    """How many numbers the tensors' file of a saved arm of another method holds.
+
+    Raises:
+        UserError: as `read`.
+    """
+    saved = read_description(folder)
+    return sum(tensor.numel() for tensor in files.read_tensors(folder / saved.tensors_file, saved.sha256).values())
+
+
 def is_other_method(folder: Path) -> bool:
     """Whether an adapter's folder is of another method than this project's own.
 

@@ -69,10 +69,10 @@ def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> int:
 
 def stored_parts(adapter: TiedAdapter) -> dict[str, nn.Parameter]:
     """`target.part` -> its parameter, for the parts whose values a file holds."""
-    return {name: part for name, part in adapter.parts().items() if _is_in_file(adapter.specification(name))}
+    return {name: part for name, part in adapter.parts().items() if is_in_file(adapter.specification(name))}
 
 
-def _is_in_file(part: Part) -> bool:
+def is_in_file(part: Part) -> bool:
     """A frozen constant is in the specification."""
     return part.trained or isinstance(part.init, str)
 
@@ -115,7 +115,7 @@ def load(folder: Path) -> tuple[TiedAdapter, BaseModelRecord]:
         raise UserError(f"{folder / DESCRIPTION}: {error}") from None
     # Before the parts are made: a few bytes of a description can ask for more memory than there is.
     parts, tensors = spec.parts(saved.tying, saved.rank, saved.architecture), read_tensors(path, saved.sha256)
-    expected = {name: f"{torch.float32} {shape}" for name, part, shape in parts if _is_in_file(part)}
+    expected = {name: f"{torch.float32} {shape}" for name, part, shape in parts if is_in_file(part)}
     stored = {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
     for name in sorted({*expected, *stored}):
         if (found := stored.get(name, "missing")) != (asked := expected.get(name, "no part")):
@@ -181,7 +181,7 @@ def start_from(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> Non
                 f"train.init_from={folder}: {name} is {theirs} there, and {ours} here; choose the model, tying and "
                 "targets that the adapter was trained with"
             )
-        if not _is_in_file(adapter.specification(name)) and not torch.equal(own, other):
+        if not is_in_file(adapter.specification(name)) and not torch.equal(own, other):
             # The saved adapter would have the constant.
             part = spec.part_of(name)
             raise UserError(

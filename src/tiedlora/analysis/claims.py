@@ -8,12 +8,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from omegaconf import OmegaConf
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from tiedlora import storage, tying
 from tiedlora.analysis import rules
-from tiedlora.analysis.groups import Blend, Peer, RunGroup, curve, point
+from tiedlora.analysis.groups import Blend, Peer, RunGroup, curve, is_on_curve, point
 from tiedlora.analysis.rules import Plan, Rule
 from tiedlora.config import compose
 from tiedlora.config.explain import options
@@ -158,6 +157,28 @@ class Claim(_Entry):
         """The side that has a rank; of two such sides, the method. The other side is matched to it."""
         return self.comparator if self.method.rank is None else self.method
 
+    def rank_of(self, side: Side) -> int | None:
+        """The rank of a side; None if its number of parameters decides."""
+        return self.anchor.rank if side.at == EQUAL_RANK else side.rank
+
+    @property
+    def fault(self) -> str:
+        """Why no runs could ever answer the claim; empty if some could."""
+        if self.floor is not None and self.rule.needs_zero:
+            for key, side in (("comparator", self.comparator), ("method", self.method)):
+                # Other seeds of the same arm make a gain of nothing but chance.
+                if self.floor.label == side.label and self.rank_of(self.floor) == self.rank_of(side):
+                    return f"the floor is the {key}, {side}, whose gain would be 0; choose another"
+        curve_of, method = self.comparator.frontier, self.method
+        if curve_of and is_on_curve(curve_of, method.label, method.rank):
+            return f"the method, {method}, is on the curve of {curve_of} itself; choose another frontier or method"
+        if shared_seeds := self.shared_seeds(0):
+            return (
+                f"compares {method.label} with itself, and both sides have the runs of seeds "
+                f"{number_list(shared_seeds)}; take a seed_offset of {self.plan.looks[0]} on one side"
+            )
+        return ""
+
     @property
     def sides(self) -> dict[str, Side]:
         """Key of the claims' file -> the side that it names."""
@@ -211,8 +232,7 @@ def read(path: Path) -> list[Claim]:
     """
     if not path.exists():
         raise UserError(f"{path}: no such file; claims are YAML files such as claims/tied_lora.yaml")
-    # Interpolations are not resolved: a claim needs none, and must not read the environment.
-    text = OmegaConf.to_container(storage.read_yaml(path))
+    text = storage.read_yaml(path)
     try:
         file = from_person(_File, text, _KEYS)
     except UserError as error:
@@ -221,13 +241,8 @@ def read(path: Path) -> list[Claim]:
     # A claim's own floor or weakest arm replaces that of its file.
     claims = [Claim(**{**shared, **{k: v for k, v in vars(entry).items() if v is not None}}) for entry in file.claims]
     for claim in claims:
-        if claim.rule.needs_zero and claim.floor == claim.comparator:
-            raise UserError(f"{path}: {claim.name}: the floor is the comparator, whose gain would be 0; choose another")
-        if shared_seeds := claim.shared_seeds(0):
-            raise UserError(
-                f"{path}: {claim.name}: compares {claim.method.label} with itself, and both sides have the runs of "
-                f"seeds {number_list(shared_seeds)}; take a seed_offset of {claim.plan.looks[0]} on one side"
-            )
+        if claim.fault:
+            raise UserError(f"{path}: {claim.name}: {claim.fault}")
     return claims
 
 
@@ -334,6 +349,9 @@ def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup], splits: Ma
         floor = _partner(claim.floor, anchor, groups, what="the floor: ")
     method, comparator = (partner, anchor) if claim.method.rank is None else (anchor, partner)
     assert not isinstance(method, Blend), "only a comparator is on a curve"
+    if floor is not None and floor in (method, comparator):
+        # Of a side at equal parameters, or one in another spelling, only the runs say which arm it is.
+        raise UserError(f"the floor is {floor.name}, a side of the comparison itself; choose another")
     arms = [(method, claim.method.seed_offset)]
     arms += [(group, claim.comparator.seed_offset) for group in comparator.groups]
     arms += [(floor, 0)] if floor is not None else []

@@ -347,13 +347,16 @@ def curve(configuration: str, setting: str, groups: Sequence[RunGroup]) -> list[
 
     These are every rank on all layers and, below rank 1, rank 1 on evenly spaced layers (LoRA_l15 on 15 of them).
     """
-    on_layers = re.compile(rf"{re.escape(configuration)}_l\d+")
     members: dict[int, RunGroup] = {}
     for group in groups:
-        is_part = group.label == configuration or (group.rank == 1 and on_layers.fullmatch(group.label))
-        if group.setting == setting and is_part and group.is_plain:
+        if group.setting == setting and is_on_curve(configuration, group.label, group.rank) and group.is_plain:
             members.setdefault(group.params, group)
     return [members[params] for params in sorted(members)]
+
+
+def is_on_curve(configuration: str, label: str, rank: int | None) -> bool:
+    """Whether an arm is a size of the configuration; see `curve`."""
+    return label == configuration or (rank == 1 and bool(re.fullmatch(rf"{re.escape(configuration)}_l\d+", label)))
 
 
 def point(configuration: str, sizes: Sequence[RunGroup], params: int) -> Blend | None:

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from tiedlora import storage
 from tiedlora.analysis.intervals import Array, Clusters, pseudo_values
-from tiedlora.config.identity import identity_digest, name_of
+from tiedlora.config.identity import identity_digest, leaves, name_of
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
 from tiedlora.reading import read_typed
@@ -223,9 +222,9 @@ def _unfinished(folder: RunFolder) -> UnfinishedRun | None:
     if match is None:
         return None
     try:
-        value = functools.partial(OmegaConf.select, storage.read_yaml(folder.config_file))
-        lr, model = float(value("train.lr")), str(value("model.name", default="")).rsplit("/", 1)[-1]
-        suffix = arm_suffix(value("task.shuffle_targets", default=False), value("objective.name"))
+        value = leaves(storage.read_yaml(folder.config_file)).get
+        lr, model = float(value("train.lr", math.nan)), str(value("model.name", "")).rsplit("/", 1)[-1]
+        suffix = arm_suffix(value("task.shuffle_targets", False), value("objective.name"))
         configuration, name = match["label"], str(value("tying.name"))
         if value("tying.method") is not None:
             configuration = name

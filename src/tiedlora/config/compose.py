@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -94,17 +95,18 @@ def load(composed: DictConfig | dict[str, Any]) -> Config:
 
 
 def typed(composed: DictConfig | dict[str, Any]) -> Config:
-    """The values of a composed configuration as typed objects, interpolations resolved. Each key is checked alone.
+    """The values of a composed configuration as typed objects. Each key is checked alone.
 
     Args:
-        composed: what Hydra has composed, or the plain data of a record.
+        composed: what Hydra has composed, whose interpolations are resolved, or the plain data of a record. A record
+            has none: one from a stranger could ask for more text than there is memory.
 
     Raises:
         UserError: a key is unknown or missing, or has a wrong value; the message names it.
     """
     with readable_errors(), _own_variables_only():
-        node = OmegaConf.create(composed) if isinstance(composed, dict) else composed
-        values = OmegaConf.to_container(node, resolve=True)
+        is_plain = isinstance(composed, dict)
+        values = deepcopy(composed) if is_plain else OmegaConf.to_container(composed, resolve=True)
         return from_person(Config, without_gone_keys(values), schema_keys())
 
 
@@ -218,7 +220,7 @@ def task_option(name: str) -> TaskConfig:
         UserError: there is no such file, or a key of it is wrong.
     """
     with readable_errors():
-        values = storage.read_yaml(CONF / "task" / f"{name}.yaml")
+        values = OmegaConf.create(storage.read_yaml(CONF / "task" / f"{name}.yaml"))
         return from_person(TaskConfig, OmegaConf.to_container(values, resolve=True), schema_keys(), "task.")
 
 

@@ -137,7 +137,7 @@ def peft_options() -> dict[str, dict[str, Any]]:
     file = CONF / "peft_methods.yaml"
     try:
         # Every command reads the table. libyaml takes a twentieth of the time of the loader that is written in Python.
-        table = yaml.load(storage.read_bytes(file), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        table = yaml.load(storage.read_bytes(file), storage.YAML_LOADER)
         return {f"peft/{name}": {"name": f"peft/{name}", **values} for name, values in table.items()}
     except (YAMLError, AttributeError, TypeError) as error:
         raise UserError(f"{file}: is no table of methods ({' '.join(str(error).split())})") from None

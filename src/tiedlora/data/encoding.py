@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -23,13 +23,11 @@ import tokenizers
 from tiedlora import storage
 from tiedlora.config.identity import identity
 from tiedlora.config.schema import TaskConfig
+from tiedlora.description import BaseModelRecord
 from tiedlora.errors import UserError, is_out_of_memory
 from tiedlora.reading import plain
 from tiedlora.records.provenance import CHAT_TEMPLATE, LEFT_OUT, TARGET_BLANK, TOKENIZER
 from tiedlora.tasks import Example
-
-if TYPE_CHECKING:
-    from tiedlora.models.base_model import BaseModel
 
 BLANK_MARK = "\u2581"
 """How SentencePiece writes a blank in a token."""
@@ -280,23 +278,24 @@ def encode_rows(encoder: Encoder, examples: Sequence[Example]) -> EncodedRows:
 
 
 def load_or_encode(
-    encoder: Encoder, examples: Sequence[Example], digest: str, base: BaseModel, cache: Path
+    encoder: Encoder, examples: Sequence[Example], digest: str, base: BaseModelRecord | None, cache: Path
 ) -> EncodedRows:
     """As encode_rows, but many rows are read from a file of the cache, or encoded and written to it.
 
     Args:
         digest: the digest of the examples.
-        base: the base model. The encoder's versions have what its digest does not cover.
+        base: the base model; None if its digest does not identify it, so that nothing is kept. The encoder's versions
+            have what its digest does not cover.
         cache: the folder `config.cache`.
 
     Raises:
         UserError: as encode_rows.
     """
-    if len(examples) < MIN_ROWS or not base.digest_is_known:
+    if len(examples) < MIN_ROWS or base is None:
         return encode_rows(encoder, examples)
     key = [ENCODING_VERSION, tokenizers.__version__, identity(encoder.config), encoder.context, digest]
     key += encoder.versions.values()
-    path = cache / "tokens" / f"{storage.json_sha256([*key, plain(base.record)])[:24]}.int32"
+    path = cache / "tokens" / f"{storage.json_sha256([*key, plain(base)])[:24]}.int32"
     with suppress(OSError, ValueError):
         return _from_bytes(path.read_bytes())
     # The file is missing or damaged. Everything in it can be computed.

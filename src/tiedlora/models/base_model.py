@@ -160,6 +160,22 @@ def _check_tokens(model: Any, tokenizer: Any) -> None:
         )
 
 
+def load_tokenizer(config: ModelConfig, cache: Path) -> Any:
+    """The tokenizer of the base model that `load_base` gives, without the weights.
+
+    Raises:
+        UserError: it cannot be loaded here.
+    """
+    if config.source == "random":
+        return _byte_tokenizer()
+    folder = embedded_folder(cache) if config.source == "embedded" and not config.path else config.path
+    source, revision = (str(folder), {}) if folder else (config.name, {"revision": config.revision})
+    try:
+        return AutoTokenizer.from_pretrained(source, **revision, trust_remote_code=False)
+    except Exception as error:  # as in _pretrained
+        raise UserError(f"model={source}: its tokenizer cannot be loaded ({error!s:.200})") from None
+
+
 def _quantisation(model: Any) -> str | None:
     """What the model's weights are stored in: nf4, int8, the name of another method, or None for full precision."""
     if (found := getattr(model.config, "quantization_config", None)) is None:

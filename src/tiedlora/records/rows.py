@@ -68,7 +68,7 @@ def read_predictions(path: Path) -> list[PredictionRow]:
     rows = []
     for number, line in enumerate(storage.read_content(path).splitlines(), start=1):
         try:
-            row = typed(PredictionRow, json.loads(line), "a row of predictions")
+            row = typed(PredictionRow, storage.parse_json(line), "a row of predictions")
             if row.log_likelihoods is not None and len(row.log_likelihoods) != len(row.choices or []):
                 raise ValueError("'log_likelihoods' needs one number for each of 'choices'")
         except (ValueError, RecursionError, UserError) as error:
@@ -159,7 +159,7 @@ def _appended_objects(path: Path, text: str = "") -> Iterator[dict[str, Any]]:
         if text.encode() not in line:
             continue
         try:
-            tree = json.loads(line)
+            tree = storage.parse_json(line)
         except (ValueError, RecursionError):
             continue
         if isinstance(tree, dict):

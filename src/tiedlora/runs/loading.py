@@ -209,7 +209,8 @@ def _encoded(read: RunRows, encoder: Encoder, base: BaseModel, cache: Path) -> d
     """Split -> its rows as token ids. How many do not fit is logged."""
 
     def fitted(split: str, examples: list[Example]) -> EncodedRows:
-        encoded = load_or_encode(encoder, examples, read.digests[split], base, cache)
+        identified = base.record if base.digest_is_known else None
+        encoded = load_or_encode(encoder, examples, read.digests[split], identified, cache)
         if dropped := sorted(set(range(len(examples))) - set(encoded.kept)):
             first = examples[dropped[0]].id
             log.info("%d of %d %s rows do not fit, such as id %s", len(dropped), len(examples), split, first)

@@ -18,7 +18,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated
 
-from omegaconf import OmegaConf
 from pydantic import AfterValidator, Field
 
 from tiedlora import storage
@@ -150,7 +149,7 @@ def read_study(folder: Path) -> Study:
     path = folder / PLAN
     if not path.is_file():
         raise UserError(f"{path}: no such file; a study is a folder with a {PLAN}, such as studies/tied-lora-smollm2")
-    tree = OmegaConf.to_container(storage.read_yaml(path))
+    tree = storage.read_yaml(path)
     try:
         study = from_person(Study, tree)
     except UserError as error:
