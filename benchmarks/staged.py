@@ -35,7 +35,7 @@ from tiedlora.text import aligned
 CURVES = PROJECT / "benchmarks/data/staged_curves.jsonl"
 SEEDS = (0, 1, 2)
 WORDS = (
-    "tying=LoRA,TABuv,TAB",
+    "tying=LoRA,TABuv_b0,TAB",
     "train.lr=1e-4,3e-4,1e-3,3e-3,1e-2,3e-2,1e-1",
     "seed=0,1,2",
     *("train.steps=32", "train.batch_size=4", "train.warmup_steps=4", "train.validate_every=8"),

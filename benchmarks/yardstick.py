@@ -6,8 +6,8 @@ each row the deviations of a recorded seed from the row's mean; and new means of
 The contrast is compared with its true mean, as at the boundary of a rule: every verdict is wrong, at level 5 %. The
 program prints Markdown:
 
-- floor: TABuv or TAuv keeps 90 % of LoRA's gain over the weakest arm, TA (the study has no shuffled targets);
-- frontier: TAuv or TABuv against a point between two sizes of LoRA;
+- floor: TABuv_b0 or TAuv keeps 90 % of LoRA's gain over the weakest arm, TA (the study has no shuffled targets);
+- frontier: TAuv or TABuv_b0 against a point between two sizes of LoRA;
 - clusters: differences on squad, with articles as the sample, and beside it with rows as the sample;
 - worth: how often its interval leaves out the true size.
 
@@ -123,7 +123,7 @@ def worth_misses(arms: Arms, at: float, seeds: int, draws: int) -> float:
 
 def main(draws: int) -> None:
     study, table = Study(), []
-    lora, small, tied, best, weakest = ("LoRA", 8), ("LoRA", 1), ("TABuv", 8), ("TAuv", 8), ("TA", 8)
+    lora, small, tied, best, weakest = ("LoRA", 8), ("LoRA", 1), ("TABuv_b0", 8), ("TAuv", 8), ("TA", 8)
     losses = [("gsm8k", "target_loss"), ("squad", "target_loss"), ("chain_sum", "target_loss")]
     print(f"| contrast | arms | seeds | wrong, % of {draws:,} |\n| --- | --- | ---: | ---: |", flush=True)
 

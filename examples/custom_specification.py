@@ -1,7 +1,7 @@
 """python examples/custom_specification.py: attach, train, save and load a specification of your own.
 
-Every two consecutive layers share one B, and all layers share one A. u is frozen at one, and v is trained. It runs in
-seconds on a tiny random model. You can use any causal language model of a known family instead.
+Every two consecutive layers share one B, and all layers share one A. u is frozen at one, and v is trained from zero. It
+runs in seconds on a tiny random model. You can use any causal language model of a known family instead.
 """
 
 import sys
@@ -19,9 +19,9 @@ def main() -> None:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=4))
     tying = Tying(
         A=Factor(trained=True, init="uniform", share="all"),
-        B=Factor(trained=True, init=0.0, share=2),
+        B=Factor(trained=True, init="uniform", share=2),
         u=Part(trained=False, init=1.0),
-        v=Part(trained=True, init=1.0),
+        v=Part(trained=True, init=0.0),
         targets=["qkv", "o"],
     )
     attached = tiedlora.attach(model, tying, rank=4)

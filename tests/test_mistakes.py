@@ -40,7 +40,7 @@ TRAIN = {
         "tying.A.trained=false tying.B.trained=false tying.u.trained=false tying.v.trained=false",
         "none of A, B, u and v is trained; set tying.PART.trained=true",
     ),
-    "a zero part at rate zero": ("train.lr_factor.B=0", "train.lr_factor.B=0: B starts at zero"),
+    "a zero part at rate zero": ("train.lr_factor.v=0", "train.lr_factor.v=0: v starts at zero"),
     "layers backwards": ("tying.layers=[2-1]", "'2-1' is neither a layer's number nor a range"),
     # Methods of PEFT
     "no method": ("tying=peft", "tying=peft: names no method; add tying.method=NAME"),

@@ -1,10 +1,17 @@
 """The studies: the tables of READMEs have the numbers of their records, and their records are small and clean."""
 
+import json
+
 import pytest
 
 from tiedlora import storage
+from tiedlora.config.compose import read_config
+from tiedlora.config.identity import arm_of, run_id
 from tiedlora.config.project import PROJECT
-from tiedlora.page import readme, write
+from tiedlora.config.sizes import trainable_params
+from tiedlora.config.trial_arm import own_values
+from tiedlora.page import figures, readme, write
+from tiedlora.records.run_record import read_record
 from tiedlora.sweeps.study import read_study
 
 STUDIES = sorted(path.parent for path in (PROJECT / "studies").glob("*/study.yaml"))
@@ -30,6 +37,25 @@ def test_every_table_has_the_numbers_of_the_records_which_have_a_clean_commit_an
     for path in [*folder.glob("runs/*/predictions/*"), *folder.glob("runs/base/*")]:
         lines = storage.read_content(path.with_name(path.name.removesuffix(".gz"))).splitlines()
         assert all(b'"prompt": "", ' in line and b'"references": [], ' in line for line in lines), path
+
+
+def test_an_arm_has_one_label_size_and_style_from_its_configuration_and_from_its_record():
+    """Every arm of the studies once. A run without a result has only its configuration."""
+    records = {}
+    for path in (PROJECT / "studies").glob("*/r*/*/result.json"):
+        tree = storage.read_json(path)
+        records.setdefault(json.dumps([own_values(tree["identity"]), tree["config"]["tying"]["name"]]), path)
+    shorts = set()
+    for path in records.values():
+        record, config = read_record(path), read_config(path.parent / "config.yaml")
+        arm, own = record.arm, arm_of(config)
+        assert own == arm
+        assert (own.label, own.short, own.word) == (arm.label, arm.short, arm.word)
+        assert figures.style(own) == figures.style(arm)
+        assert trainable_params(config) == record.trainable_params == (arm.params or record.trainable_params)
+        assert record.run_id == run_id(config) == path.parent.name
+        shorts.add(arm.short)
+    assert shorts >= {"LoRA r 1, 22 layers", "LoRA r 8 (shuffled targets)", "TA r 8 (reward)", "peft/tinylora (reward)"}
 
 
 def test_the_studies_are_small():

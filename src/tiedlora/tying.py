@@ -1,7 +1,7 @@
 """What a tied adapter trains, what its layers share, its initial values, its number of parameters, and what is refused.
 
-This is arithmetic only: no torch, no files. The formula (Tied-LoRA, arXiv 2311.09578) for layer l of L, with the
-frozen weight W_l (d_out x d_in), is
+No torch: this is arithmetic, and the named arms of conf/tying/. The formula (Tied-LoRA, arXiv 2311.09578) for layer l
+of L, with the frozen weight W_l (d_out x d_in), is
 
     z = W_l x + s * diag(v_l) B diag(u_l) A x        A: r x d_in   B: d_out x r   u_l: r   v_l: d_out
 
@@ -20,8 +20,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, PlainValidator
 
+from tiedlora import storage
 from tiedlora.errors import UserError
-from tiedlora.keys import CHECKED, EXECUTION, Name, Number, Text, Whole, is_count, neutral
+from tiedlora.keys import CHECKED, EXECUTION, Name, Number, Text, Whole, from_person, is_count, neutral
 
 Scaling = Literal["standard", "rslora"]
 SCALINGS = get_args(Scaling)
@@ -30,10 +31,15 @@ ALL_LAYERS = "all"
 RANDOM_INITS = ("uniform", "normal")
 NAMES = ("LoRA", "TA", "TB", "TAB", "Tuv", "TAuv", "TBuv", "TABuv")
 """The paper's eight configurations."""
-STARTS: dict[str, tuple[str, dict[str, float | str]]] = {"TABuv_v0": ("TABuv", {"B": "uniform", "v": 0.0})}
-"""Name -> one of the eight, and the parts that start with another value than there.
-
-The label of a start, and so its run id, has `custom`, as before it had a name: finished runs keep their ids."""
+OTHER_NAMES = ("TABuv_b0", "TBuv_b0", "LoRA_qkv", "ShareLoRA", "ShareLoRA_B", "RaSA", "TAuv_LoRA1")
+"""The other named arms. Each name here and in NAMES is a file of conf/tying/, and may begin a run's id. A file of your
+own is an option, and no name of an id: a later edit of it must not rename runs."""
+RENAMED = {"TABuv_v0": "TABuv_v0 is TABuv now, and the start with B = 0 and v = 1 is TABuv_b0"}
+"""An earlier name -> what a person who writes it must know."""
+LORA_ON_LAYERS = re.compile(r"LoRA_l([1-9]\d{0,2})", re.ASCII)
+"""The name of LoRA on so many evenly spaced layers. At rank 1 it is LoRA's curve below rank 1 (docs/results.md)."""
+LR_ON_LAYERS = 3e-2
+"""Its suggested rate, at rank 1: the best of five on 15, 8 and 4 of 30 layers on gsm8k (second study)."""
 MOST_LAYERS = 10_000
 """Upper bound of a model's layers."""
 Rate = Annotated[Number, Field(ge=0, le=1_000_000)]
@@ -91,17 +97,20 @@ TermName = Annotated[Text, Field(pattern="^[A-Za-z][A-Za-z0-9_]{0,30}$")]
 
 @dataclass
 class Parts:
-    """The parts of a tying, or of one of its terms: which are trained, their initial values, and what layers share."""
+    """The parts of a tying, or of one of its terms: which are trained, their initial values, and what layers share.
+
+    The defaults are those of TABuv.
+    """
 
     __pydantic_config__ = CHECKED
 
     A: Factor = field(default_factory=lambda: Factor(init="uniform"))
     """The factor A, r x d_in."""
-    B: Factor = field(default_factory=lambda: Factor(init=0.0))
+    B: Factor = field(default_factory=lambda: Factor(init="uniform"))
     """The factor B, d_out x r."""
     u: Part = field(default_factory=Part)
     """The vector u of each layer, of r numbers, which scales the rows of A."""
-    v: Part = field(default_factory=Part)
+    v: Part = field(default_factory=lambda: Part(init=0.0))
     """The vector v of each layer, of d_out numbers, which scales the rows of B."""
 
 
@@ -194,28 +203,6 @@ def evenly_spaced(count: int, layers: int) -> list[int]:
     if count > layers:
         raise UserError(f"tying.layers=[evenly {count}]: the model has only {layers} layers")
     return [(2 * number + 1) * layers // (2 * count) for number in range(count)]
-
-
-def _random_to_zero(rank: str, share: int | str, u: Part, v: Part, own_scale: bool = False) -> Term:
-    """A term whose random A and zero B are trained."""
-    A, B = Factor(init="uniform", share=share), Factor(init=0.0, share=share)
-    return Term(A=A, B=B, u=u, v=v, rank=rank, own_scale=own_scale)
-
-
-_FIXED = Part(trained=False)
-SUMS: dict[str, dict[str, Term]] = {
-    # RaSA (arXiv 2503.12576): every layer gives k = r/8 of its ranks to a pool that all layers use. u mixes the ranks;
-    # its start at half of each term's scale is that of the authors' code.
-    "RaSA": {
-        "private": _random_to_zero("r-r/8", 1, Part(init=0.5), _FIXED, own_scale=True),
-        "shared": _random_to_zero("r/8*layers", ALL_LAYERS, Part(init=0.5), _FIXED, own_scale=True),
-    },
-    "TAuv_LoRA1": {
-        "shared": Term(A=Factor(init="uniform"), B=Factor(trained=False, init="uniform"), v=Part(init=0.0)),
-        "private": _random_to_zero("1", 1, _FIXED, _FIXED),
-    },
-}
-"""Name -> the terms of a partly shared adapter."""
 
 
 @dataclass
@@ -362,18 +349,16 @@ class PartTraits:
     is_shared: bool
     """Whether layers can share the part (then it is a `Factor`). Otherwise every layer has its own."""
     decays: bool
-    """Whether weight decay applies. It would pull u and v towards 0, but they start at 1."""
-    default_init: float | str
-    """Its initial value in the eight configurations, unless it is the part that starts at zero."""
+    """Whether weight decay applies. It would pull u and v towards 0, and u starts at 1."""
     neutral: float | None = None
     """If the part is frozen at this value, it changes nothing, so it is neither created nor stored."""
 
 
 PARTS: dict[str, PartTraits] = {
-    "A": PartTraits(("rank", "d_in"), is_shared=True, decays=True, default_init="uniform"),
-    "B": PartTraits(("d_out", "rank"), is_shared=True, decays=True, default_init="uniform"),
-    "u": PartTraits(("rank",), is_shared=False, decays=False, default_init=1.0, neutral=1.0),
-    "v": PartTraits(("d_out",), is_shared=False, decays=False, default_init=1.0, neutral=1.0),
+    "A": PartTraits(("rank", "d_in"), is_shared=True, decays=True),
+    "B": PartTraits(("d_out", "rank"), is_shared=True, decays=True),
+    "u": PartTraits(("rank",), is_shared=False, decays=False, neutral=1.0),
+    "v": PartTraits(("d_out",), is_shared=False, decays=False, neutral=1.0),
 }
 """The parts of an adapter by name. `Tying` has an attribute of the same name, which says how the part is trained."""
 FACTORS = tuple(name for name, traits in PARTS.items() if traits.is_shared)
@@ -431,47 +416,51 @@ def nearest_lora_rank(trainable: int, architecture: Architecture) -> int:
     return min(below, below + 1, key=lambda rank: abs(lora_params(rank, architecture) - trainable))
 
 
-def label(tying: Tying) -> str:
-    """The name of a specification, or `custom`. It depends on the specification's values, not on its name.
+def named(name: str) -> Tying:
+    """One of the named arms: an option of conf/tying/, or LoRA on so many layers, such as LoRA_l15.
 
-    It is part of the run id. config.identity.name_of has more names, such as those of STARTS.
+    Raises:
+        UserError: there is no such name; the message lists them.
     """
-    return next((name for name, known in _labelled() if known == _meaning(tying)), "custom")
+    return deepcopy(_named(name))
 
 
 @functools.cache
-def _labelled() -> list[tuple[str, list[Any]]]:
-    """(name, its meaning) of each specification that has a label."""
-    known = {name: named(name) for name in (*NAMES, *SUMS)}
-    known["LoRA_qkv"] = replace(known["LoRA"], targets=["q", "k", "v"])
-    return [(name, _meaning(tying)) for name, tying in known.items()]
+def _named(name: str) -> Tying:
+    if (count := lora_layers(name)) is not None:
+        return replace(_named("LoRA"), name=name, layers=[f"evenly {count}"], suggested_lr=LR_ON_LAYERS)
+    if name not in (known := (*NAMES, *OTHER_NAMES)):
+        if name in RENAMED:
+            raise UserError(f"tying={name}: {RENAMED[name]}")
+        raise UserError(f"tying={name}: is not one of {', '.join(known)}; for another, build a tiedlora.Tying")
+    return from_person(Tying, storage.read_yaml(storage.conf_folder() / "tying" / f"{name}.yaml"))
+
+
+def lora_layers(name: str) -> int | None:
+    """The number of layers in a name such as LoRA_l15; None for another name."""
+    match = LORA_ON_LAYERS.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def is_named(name: str) -> bool:
+    """Whether `named` knows the name, so that a specification with other values is not meant by it."""
+    return name in NAMES or name in OTHER_NAMES or lora_layers(name) is not None
+
+
+def name_of(tying: Tying) -> str | None:
+    """The name of an option of conf/tying/ with the same values; None without one. Its own `name` does not count."""
+    meaning = _meaning(tying)
+    return next((name for name, known in _meanings() if known == meaning), None)
+
+
+@functools.cache
+def _meanings() -> list[tuple[str, list[Any]]]:
+    return [(name, _meaning(_named(name))) for name in (*NAMES, *OTHER_NAMES)]
 
 
 def _meaning(tying: Tying) -> list[Any]:
     """The values of a specification that decide what is trained."""
     return [getattr(tying, name) for name in (*PARTS, "targets", "dropout", "layers", "terms")]
-
-
-def named(name: str) -> Tying:
-    """One of the paper's eight specifications, of STARTS or of SUMS. Its rate, `suggested_lr`, is not conf/tying's.
-
-    Raises:
-        UserError: there is no such name; the message lists them.
-    """
-    if name not in (known := (*NAMES, *STARTS, *SUMS)):
-        raise UserError(f"tying={name}: is not one of {', '.join(known)}; for another, build a tiedlora.Tying")
-    if name in SUMS:
-        return Tying(name=name, terms=deepcopy(SUMS[name]))
-    base, other_inits = STARTS.get(name, (name, {}))
-    trained = list(FACTORS) if base == "LoRA" else [part for part in PARTS if part in base[1:]]
-    share = 1 if base == "LoRA" else ALL_LAYERS
-    # docs/method.md, "Where a run starts".
-    zero = next(part for part in ("B", "v", "A") if part in trained)
-    tying = Tying(name=name)
-    for part, traits in PARTS.items():
-        is_trained, init = part in trained, other_inits.get(part, 0.0 if part == zero else traits.default_init)
-        setattr(tying, part, Factor(is_trained, init, share) if part in FACTORS else Part(is_trained, init))
-    return tying
 
 
 def check_tying(tying: Tying, rank: int, architecture: Architecture) -> None:
@@ -501,7 +490,7 @@ def check_tying(tying: Tying, rank: int, architecture: Architecture) -> None:
         if not zeros:
             raise UserError(
                 f"{key}: no part starts at zero, so the run would not start at the base model; "
-                "give exactly one trained part of A, B, u, v init=0 (usually B)"
+                "give exactly one trained part of A, B, u, v init=0 (usually v if it is trained, otherwise B)"
             )
         if len(zeros) > 1:
             raise UserError(

@@ -22,7 +22,7 @@ from tiedlora.training.optimizer import build_optimizer
 from tiedlora.tying import LrFactors, Tying
 
 
-@pytest.mark.parametrize("name", [*EIGHT, "LoRA_qkv", "TABuv_v0", *tying.SUMS])
+@pytest.mark.parametrize("name", [*EIGHT, *tying.OTHER_NAMES])
 @pytest.mark.parametrize("model_name", TINY)
 class TestEveryConfiguration:
     def test_counts_equal_the_formula_and_ties_appear_once(self, model_name, name):
@@ -33,7 +33,7 @@ class TestEveryConfiguration:
         trained = [p for p in base.model.parameters() if p.requires_grad]
         assert attached.adapter.trainable_params() == tying.trainable_params(spec, 4, architecture)
         assert sum(p.numel() for p in trained) == attached.adapter.trainable_params()
-        if tying.label(spec) in EIGHT[1:]:
+        if tying.name_of(spec) in EIGHT[1:]:
             assert attached.adapter.parts()["qkv.A"].shape[0] == attached.adapter.parts()["qkv.B"].shape[0] == 1
 
     def test_only_the_zero_part_has_a_gradient_at_first_and_all_move_by_the_third_step(self, model_name, name, ids):

@@ -89,8 +89,7 @@ class TestLooks:
 
     def test_a_seed_that_diverged_is_missing_and_one_that_crashed_stops_the_look(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, seeds=3, **SURE)
-        (lost,) = (tmp_path / "runs").glob("TABuv-*-s2-*")
-        (lost / "result.json").unlink()
+        lost = diverge(tmp_path / "runs", "TABuv-*-s2-*")
         (lost / "error.txt").write_text("Traceback\nOSError: [Errno 28] No space left on device\n")
         found = answer(tmp_path)
         assert (found.verdict, found.look) == ("undecided", None), "it can be run again, and would change the look"

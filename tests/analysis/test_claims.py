@@ -107,11 +107,18 @@ def test_a_name_that_exists_nowhere_is_refused_with_the_nearest(tmp_path, what):
     assert message.endswith(f"(did you mean {meant}?)")
 
 
+def test_an_earlier_name_is_answered_with_the_new_one(tmp_path):
+    path = tmp_path / "claims.yaml"
+    path.write_text(FILE.read_text().replace("on: TABuv", "on: TABuv_v0", 1))
+    with pytest.raises(UserError, match=r"method\.configuration=TABuv_v0: TABuv_v0 is TABuv now"):
+        claims.check_names(path, claims.read(path), *RUNS)
+
+
 def test_what_exists_in_conf_or_in_the_runs_can_be_claimed(tmp_path):
     text = FILE.read_text().replace("TABuv, rank", "mine, rank").replace("LoRA, at", "peft/vera, at")
     for tasks in ("[own_task]", "{own_task: accuracy, squad: exact_match, gsm8k: target_loss}", "{iwslt2017: bleu}"):
         path = tmp_path / "claims.yaml"
-        path.write_text(text.replace("tasks: []", f"tasks: {tasks}"))
+        path.write_text(text.replace("tasks: []", f"tasks: {tasks}").replace("LoRA, rank: 1", "LoRA_l22, rank: 1"))
         claims.check_names(path, claims.read(path), *RUNS)
 
 

@@ -24,7 +24,7 @@ SECRET = "hunter2-0123456789abcdef0123456789abcdef"
 """Whether this is OmegaConf 2.4, which has other messages."""
 
 MISTAKES = {  # one for each rule: overrides, and how the message begins
-    "an option that is none": (["tying=TABvu"], "tying=TABvu: no such option; choose one of LoRA, LoRA_l15"),
+    "an option that is none": (["tying=TABvu"], "tying=TABvu: no such option; choose one of LoRA, LoRA_qkv"),
     "a bare number for an option": (["rank=8"], "a group takes the name of an option, not a bare number: rank=r8"),
     "a key that is none": (["train.stpes=3"], "train.stpes: unknown key (did you mean train.steps?)"),
     "a key of Hydra's instantiation": (["+_target_=os.system"], "_target_: unknown key"),

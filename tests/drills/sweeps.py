@@ -212,7 +212,7 @@ def check_looks(whole: Path) -> None:
     assert (far_better["verdict"], far_better["look"]) == ("contradicted", 1)
     assert not any(verdict["open"] for verdict in verdicts)
     records = [RunFolder(whole / name).finished_record() for name in results(whole)]
-    assert {record.seed for record in records if record.label == "TABuv"} == {0, 1, 2}, "TABuv has other seeds"
+    assert {record.seed for record in records if record.arm.label == "TABuv"} == {0, 1, 2}, "TABuv has other seeds"
 
 
 def continue_as_grid(drill: Drill, whole: Path, model: str) -> None:

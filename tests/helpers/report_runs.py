@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from tiedlora import tying
 from tiedlora.config.identity import config_tree, identity, run_id
@@ -158,9 +159,15 @@ def scored_run(
 def diverge(root, pattern: str) -> Path:
     """Turn the one run below root that matches into one that has diverged."""
     (folder,) = root.glob(pattern)
+    write_config(folder, RunFolder(folder).finished_record())
     (folder / "result.json").unlink()
     (folder / "error.txt").write_text("Traceback\ntiedlora.errors.Diverged: step 3: the loss is nan\n")
     return folder
+
+
+def write_config(folder: Path, record: run_record.RunRecord) -> None:
+    """A run's config.yaml, which says what a run without a result is."""
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(record.config.tree))
 
 
 def world(root, truth, *, seeds=5, rows=200, base=0.1, seed_sd=0.01, rank=8, **about):

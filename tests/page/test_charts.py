@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 from helpers.hostile import HOSTILE
-from helpers.report_runs import BASE, GOOD, make_record, scored_run, world, write_lines
+from helpers.report_runs import BASE, GOOD, make_record, scored_run, world, write_config, write_lines
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -35,9 +35,10 @@ def markers(ax):
 
 def unfinished(root, lr, loss, file, text):
     """A run that a search stopped, or that failed."""
-    folder = root / make_record(lr=lr).run_id
+    record = make_record(lr=lr)
+    folder = root / record.run_id
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(f"train: {{lr: {lr}}}\n")
+    write_config(folder, record)
     (folder / file).write_text(text)
     rows = [MetricsRow(step, {"validation/loss": value}) for step, value in ((0, 2.0), (16, loss))]
     write_lines(folder / "metrics.jsonl", rows)
@@ -74,7 +75,7 @@ def test_curves_have_a_line_for_each_configuration_and_a_band_over_seeds_and_one
     # The mean of the two seeds at the end: 1 and 1.1.
     assert [line.get_ydata()[-1] for line in ax.lines] == [pytest.approx(1.05)] * 2
     assert len(ax.collections) == 2
-    assert {text.get_text() for text in ax.texts} == {"LoRA r=8", "TABuv r=8"}
+    assert {text.get_text() for text in ax.texts} == {"LoRA r 8", "TABuv r 8"}
 
 
 def test_pareto_fills_what_is_not_beaten_and_names_the_points(tmp_path):
@@ -83,7 +84,7 @@ def test_pareto_fills_what_is_not_beaten_and_names_the_points(tmp_path):
     assert [marker for marker, is_filled in markers(ax) if not is_filled] == ["s"], (
         "TAB has more parameters than TA and a lower score"
     )
-    assert {"LoRA r=8", "TABuv r=8"} <= {text.get_text() for text in ax.texts}
+    assert {"LoRA r 8", "TABuv r 8"} <= {text.get_text() for text in ax.texts}
 
 
 @pytest.mark.filterwarnings("error")

@@ -89,7 +89,7 @@ def test_shares_are_files_and_first_on_the_page_and_no_arm_is_lost_beyond_the_ax
     assert [key.name for key in figures.legend([panel])] == ["LoRA", "TABuv", "TA"]
     write.write(report, tmp_path / "report")
     svg = (tmp_path / "report" / "shares.svg").read_text()
-    assert "share of the gain of LoRA r=8" in svg
+    assert "share of the gain of LoRA r 8" in svg
     assert "400 %" in svg
     with open(tmp_path / "report" / "shares.csv", newline="") as file:
         shares = {row["configuration"]: row["share of its gain"] for row in csv.DictReader(file)}

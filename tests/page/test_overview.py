@@ -3,7 +3,16 @@
 import csv
 
 import pytest
-from helpers.report_runs import add_scores, diverge, make_record, prediction_rows, scored_run, world, write_run
+from helpers.report_runs import (
+    add_scores,
+    diverge,
+    make_record,
+    prediction_rows,
+    scored_run,
+    world,
+    write_config,
+    write_run,
+)
 
 from tiedlora.analysis.compare import OTHER_ENDS
 from tiedlora.analysis.groups import group_runs
@@ -115,8 +124,10 @@ def test_other_ends_of_answers_are_said_where_answers_are_compared(tmp_path):
 def test_the_overview_names_failed_cells(tmp_path):
     world(tmp_path, {"LoRA": 0.5, "TABuv": 0.4}, seeds=2, rows=40)
     world(tmp_path, {"LoRA": 0.5}, seeds=2, rows=40, task="squad")
-    failed = tmp_path / "TABuv-r8-squad-tiny-s0-0123456789"
+    record = make_record(task="squad")
+    failed = tmp_path / record.run_id
     failed.mkdir()
+    write_config(failed, record)
     (failed / "error.txt").write_text("boom")
     for seed in (0, 1):
         scored_run(tmp_path, [0.0] * 40, None, name="TAB", seed=seed)

@@ -15,18 +15,18 @@ from tiedlora.records.summary import terminal_lines
 
 # An id that changes here re-runs everybody's sweeps. Change one only with a reason in the commit message.
 FROZEN = {
-    "": "TABuv-r8-chain_sum-smollm2_135m_instruct_q4_1-s0-5419d77e8d",
+    "": "TABuv-r8-chain_sum-smollm2_135m_instruct_q4_1-s0-831449f583",
     "tying=LoRA rank=r1": "LoRA-r1-chain_sum-smollm2_135m_instruct_q4_1-s0-e7b1be0b2e",
     "tying=LoRA_qkv seed=1": "LoRA_qkv-r8-chain_sum-smollm2_135m_instruct_q4_1-s1-717f0365ed",
     "tying=Tuv task=gsm8k train=paper model=llama2_7b": "Tuv-r8-gsm8k-llama_2_7b_hf-s0-0a8ae558fb",
     "tying=TA task=squad rank=r2": "TA-r2-squad-smollm2_135m_instruct_q4_1-s0-1766098e69",
-    "tying=TABuv task=dialogsum model=gpt2_xl rank=r32": "TABuv-r32-dialogsum-gpt2_xl-s0-d6cc07352b",
+    "tying=TABuv task=dialogsum model=gpt2_xl rank=r32": "TABuv-r32-dialogsum-gpt2_xl-s0-8a26e28b17",
     "tying=TAuv task=hellaswag train.lr=1e-3": "TAuv-r8-hellaswag-smollm2_135m_instruct_q4_1-s0-c0e19bb0e3",
-    "tying=TBuv task=iwslt2017 score.checkpoint=best": "TBuv-r8-iwslt2017-smollm2_135m_instruct_q4_1-s0-040e95a622",
+    "tying=TBuv task=iwslt2017 score.checkpoint=best": "TBuv-r8-iwslt2017-smollm2_135m_instruct_q4_1-s0-15f9dbf13a",
     "tying=TAB tying.A.share=4 rank.alpha=16": "custom-r8-chain_sum-smollm2_135m_instruct_q4_1-s0-e58127478a",
     "tying=TB task=gsm_symbolic train=tiny model=tiny_gpt2": "TB-r8-gsm_symbolic-gpt2-s0-7a1774390d",
-    # A start that got a name keeps the id that earlier versions give its values.
-    "tying=TABuv_v0 train.lr=1e-2": "custom-r8-chain_sum-smollm2_135m_instruct_q4_1-s0-831449f583",
+    # The start that TABuv had until December 2026: its values keep their hash.
+    "tying=TABuv_b0": "TABuv_b0-r8-chain_sum-smollm2_135m_instruct_q4_1-s0-5419d77e8d",
 }
 
 
@@ -46,7 +46,8 @@ def test_frozen_ids(overrides, expected):
         (["rank=r2", "seed=1"], ["seed=1", "rank.r=2"]),
         ([], ["rank.alpha=8"]),
         ([], ["train.lr=1e-2"]),
-        (["tying=TABuv"], ["tying=TAB", "tying.u.trained=true", "tying.v.trained=true", "tying.name=mine"]),
+        (["tying=TABuv_b0"], ["tying=TAB", "tying.u.trained=true", "tying.v.trained=true", "tying.name=mine"]),
+        (["tying=LoRA_l15", "train.lr=1e-2"], ["tying=LoRA", "tying.layers=[evenly 15]", "train.lr=1e-2"]),
         ([], ["train.microbatch_size=2", "train.device=cpu", "train.threads=1", "train.log_every=1"]),
         ([], ["outputs=elsewhere", "cache=there", "data_root=here", "force=true", "tracking=wandb"]),
         ([], ["score.splits=[validation,test]", "train.checkpoint_every=7", "model.path=folder"]),
@@ -54,7 +55,7 @@ def test_frozen_ids(overrides, expected):
         ([], ["objective=targets", "score.metrics=[target_loss]"]),
         ([], ["tying.u.init=1", "rank.scaling=standard", "tying.layers=[0-29]"]),
         (["tying.layers=[0,1,2,9]"], ["tying.layers=[9,0-2,1]"]),
-        (["tying=TABuv_v0", "train.lr=1e-2"], ["tying=TABuv", "tying.v.init=0", "tying.B.init=uniform"]),
+        (["tying=TABuv_b0"], ["tying.v.init=1", "tying.B.init=0"]),
     ],
 )
 def test_the_same_meaning_is_the_same_run(written, otherwise):

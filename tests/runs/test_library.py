@@ -6,26 +6,26 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from helpers.tiny import EIGHT, logits, randomise, tiny, tying_option
+from helpers.tiny import logits, randomise, tiny, tying_option
 from safetensors.torch import load_file
 
 import tiedlora
-from tiedlora import UserError
+from tiedlora import UserError, tying
 from tiedlora.adapter import attach
 from tiedlora.config.identity import run_id
+from tiedlora.config.project import CONF
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
 
 
-@pytest.mark.parametrize("name", EIGHT)
-def test_a_name_is_the_option_of_conf(name):
-    ours, option = asdict(tiedlora.named(name)), asdict(tying_option(name))
-    # What only another method has is null.
-    assert all(option.pop(key) is None for key in set(option) - set(ours))
-    # The suggested rate is for the harness's own loop; an attached adapter has none.
-    assert ours.pop("suggested_lr")
-    option.pop("suggested_lr")
-    assert ours == option
+def test_the_named_arms_are_the_options_of_conf():
+    files = {path.stem for path in (CONF / "tying").glob("*.yaml")} - {"peft"}
+    assert files == {*tying.NAMES, *tying.OTHER_NAMES}
+    for name in files:
+        ours, option = asdict(tiedlora.named(name)), asdict(tying_option(name))
+        # What only another method has is null.
+        assert all(option.pop(key) is None for key in set(option) - set(ours))
+        assert ours == option
 
 
 class TestAdapters:
@@ -82,27 +82,29 @@ class TestRuns:
                 tiedlora.load(finished / path, dtype=dtype)
 
     def test_training_goes_on_from_a_saved_adapter(self, finished, tiny_config, tmp_path):
-        """A TABuv run can start from a TAB adapter: u and v start at one."""
+        """A TABuv_b0 run can start from a TAB adapter: u and v start at one."""
         first = RunFolder(finished).record()
-        config = tiny_config("tying=TABuv", f"train.init_from={finished}")
+        config = tiny_config("tying=TABuv_b0", f"train.init_from={finished}")
         with pytest.raises(UserError, match="holds another adapter than when this run was composed"):
             run.main(replace(config, train=replace(config.train, init_digest="0" * 64)))
         second = run.main(config)
         start, end = (r.training for r in (second, first))
         assert start.validation_loss_first == pytest.approx(end.validation_loss_last, abs=1e-6)
-        assert run_id(config) != run_id(tiny_config("tying=TABuv"))
+        assert run_id(config) != run_id(tiny_config("tying=TABuv_b0"))
         saved = load_file(tmp_path / "outputs" / second.run_id / "adapter" / "adapter.safetensors")
         assert not torch.equal(saved["qkv.u"], torch.ones_like(saved["qkv.u"]))
 
     def test_identity_is_the_adapters_content(self, finished, tiny_config, tmp_path):
         shutil.copytree(finished / "adapter", tmp_path / "elsewhere")
-        ids = {run_id(tiny_config("tying=TABuv", f"train.init_from={at}")) for at in (finished, tmp_path / "elsewhere")}
+        ids = {
+            run_id(tiny_config("tying=TABuv_b0", f"train.init_from={at}")) for at in (finished, tmp_path / "elsewhere")
+        }
         assert len(ids) == 1
         # The run's own record does not need the adapter any more.
-        config = tiny_config("tying=TABuv", f"train.init_from={finished}")
+        config = tiny_config("tying=TABuv_b0", f"train.init_from={finished}")
         shutil.rmtree(finished)
         again = tiny_config(
-            "tying=TABuv", f"train.init_from={finished}", f"train.init_digest={config.train.init_digest}"
+            "tying=TABuv_b0", f"train.init_from={finished}", f"train.init_digest={config.train.init_digest}"
         )
         assert {run_id(again)} == ids
 

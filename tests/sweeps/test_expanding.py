@@ -12,7 +12,7 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
-from tiedlora.config import compose
+from tiedlora.config import compose, trial_arm
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import config_tree, run_id
 from tiedlora.config.project import CONF
@@ -85,11 +85,11 @@ def test_a_misspelt_grid_is_answered_with_the_grids_there_are():
 
 
 def test_a_sweep_refuses_what_a_new_run_cannot_have_before_it_runs(tmp_path):
-    words = ["tying=TABuv", "train.lr_factor.B=1,0", f"outputs={tmp_path}"]
-    with pytest.raises(UserError, match=r"^cell .*train\.lr_factor\.B=0.*: train\.lr_factor\.B=0: B starts at zero"):
+    words = ["tying=TABuv", "train.lr_factor.v=1,0", f"outputs={tmp_path}"]
+    with pytest.raises(UserError, match=r"^cell .*train\.lr_factor\.v=0.*: train\.lr_factor\.v=0: v starts at zero"):
         compose_sweep(words)
     # A finished run of an earlier version may have it.
-    finished = RunFolder(tmp_path / run_id(compose_config([*words[:1], "train.lr_factor.B=0"])))
+    finished = RunFolder(tmp_path / run_id(compose_config([*words[:1], "train.lr_factor.v=0"])))
     finished.path.mkdir()
     finished.result_file.touch()
     assert len(compose_sweep(words).cells) == 2
@@ -104,6 +104,17 @@ def test_a_frozen_cell_is_the_same_run_whatever_becomes_of_conf(tiny_run):
         assert config.tracking.group == sweep.id
         config.tracking.group = None
         assert config == cell.config
+
+
+def test_a_cell_whose_named_arm_has_other_values_now_is_refused(tiny_run, monkeypatch):
+    """Its run would get another folder than the one that the sweep looks at."""
+    sweep = compose_sweep(tiny_run("tying=TABuv"))
+    sweep.freeze()
+    monkeypatch.setattr(trial_arm, "name_of", lambda _: None)
+    with pytest.raises(
+        UserError, match=r"is the run custom-\S+ now: a file of conf/tying/ has changed; undo the change"
+    ):
+        cell_of(sweep.path, sweep.cells[0].goal)
 
 
 CHOICES = {
@@ -199,7 +210,7 @@ def test_an_option_that_changes_other_sections_is_composed_as_a_whole(tmp_path):
 
 
 def test_layers_depend_on_the_model_of_their_cell_only():
-    tyings = (["tying.layers=[2,0-1]"], ["tying.layers=[0-29]"], ["tying=TABuv_v0", "tying.u.init=0"])
+    tyings = (["tying.layers=[2,0-1]"], ["tying.layers=[0-29]"], ["tying=TABuv", "tying.u.init=0"])
     with composer() as fast:
         for model in (["model=tiny_llama"], []):
             for own in tyings:

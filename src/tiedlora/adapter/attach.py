@@ -281,7 +281,7 @@ def attach(
 
     Args:
         model: a causal language model of transformers, of a family in families.FAMILIES.
-        tying: a specification, or a name that tying.named knows ("LoRA", "TABuv", "TABuv_v0", ...).
+        tying: a specification, or a name that tying.named knows ("LoRA", "TABuv", "LoRA_l15", ...).
         alpha: gives the update's scale (see `scaling`); None means `rank`.
         seed: the seed of the random parts.
         layout: where the model keeps its projections, for a family that is not in families.FAMILIES.

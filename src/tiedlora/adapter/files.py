@@ -150,7 +150,7 @@ def start_from(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> Non
     """Copy the values of a saved adapter into `adapter`, so that training starts from them.
 
     `adapter` must have every part of the saved adapter. It may also have a u or v that the saved adapter lacks, if that
-    part starts at one. Then the first step begins at exactly the saved update (for example TAB -> TABuv).
+    part starts at one. Then the first step begins at exactly the saved update (for example TAB -> TABuv_b0).
 
     Args:
         base: the base model of `adapter`.

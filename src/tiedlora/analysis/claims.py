@@ -10,20 +10,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
-from tiedlora import storage, tying
+from tiedlora import storage
 from tiedlora.analysis import rules
-from tiedlora.analysis.groups import Blend, Peer, RunGroup, curve, is_on_curve, point
+from tiedlora.analysis.groups import Blend, Peer, RunGroup, curve, point
 from tiedlora.analysis.rules import Plan, Rule
 from tiedlora.config import compose
 from tiedlora.config.explain import options
 from tiedlora.config.sizes import is_near
+from tiedlora.config.trial_arm import TrialArm, trained_for
 from tiedlora.errors import UserError
 from tiedlora.keys import LARGEST_COUNT, from_person
 from tiedlora.reading import Flag, StoredNumber, StoredText, StoredWhole
 from tiedlora.records.loss_metrics import DRIFT, LOSS_METRICS
-from tiedlora.records.run_record import arm_suffix
 from tiedlora.tasks import load_task
 from tiedlora.text import nearest, number_list
+from tiedlora.tying import RENAMED, is_named
 
 EQUAL_RANK, EQUAL_PARAMETERS = "equal_rank", "equal_parameters"
 RULES = ("retains", "better_by", "level_within")
@@ -53,7 +54,7 @@ class Side:
     sizes that enclose it (groups.point)."""
 
     def __post_init__(self) -> None:
-        others = (self.configuration, self.rank, self.at, self.seed_offset, self.suffix)
+        others = (self.configuration, self.rank, self.at, self.seed_offset, self.trained_for)
         if self.frontier and any(others):
             raise ValueError("frontier allows no other key: it is a configuration at the other side's size")
         if self.shuffle_targets and self.objective == "reward":
@@ -66,12 +67,16 @@ class Side:
     @property
     def label(self) -> str:
         """The configuration as groups of runs name it."""
-        return f"{self.configuration}{self.suffix}"
+        return f"{self.configuration} ({self.trained_for})" if self.trained_for else self.configuration
 
     @property
-    def suffix(self) -> str:
-        """The end of the label, which says what the runs trained for."""
-        return arm_suffix(self.shuffle_targets, self.objective)
+    def trained_for(self) -> str:
+        """As that of TrialArm."""
+        return trained_for(self.shuffle_targets, self.objective)
+
+    def means(self, arm: TrialArm) -> bool:
+        """Whether the side names this arm, at whatever rank."""
+        return arm.goes_by(self.configuration, self.trained_for)
 
     def __str__(self) -> str:
         if self.frontier:
@@ -170,7 +175,8 @@ class Claim(_Entry):
                 if self.floor.label == side.label and self.rank_of(self.floor) == self.rank_of(side):
                     return f"the floor is the {key}, {side}, whose gain would be 0; choose another"
         curve_of, method = self.comparator.frontier, self.method
-        if curve_of and is_on_curve(curve_of, method.label, method.rank):
+        is_part = method.rank == 1 and curve_of == "LoRA" and tying.lora_layers(method.configuration) is not None
+        if curve_of and not method.trained_for and (method.configuration == curve_of or is_part):
             return f"the method, {method}, is on the curve of {curve_of} itself; choose another frontier or method"
         if shared_seeds := self.shared_seeds(0):
             return (
@@ -261,7 +267,9 @@ def check_names(
         where = f"{path}: claim {claim.name!r:.80}"
         for key, side in claim.sides.items():
             own_key = "frontier" if side.frontier else "configuration"
-            if (name := getattr(side, own_key)) not in known:
+            if (name := getattr(side, own_key)) in RENAMED:
+                raise UserError(f"{where}: {key}.{own_key}={name}: {RENAMED[name]}")
+            if not is_named(name) and name not in known:
                 raise UserError(f"{where}: {key}.{own_key}={name:.80}: {NO_SUCH} tying{nearest(name, known)}")
         for task, metric in claim.tasks.items():
             if task not in tasks:
@@ -281,9 +289,6 @@ def _own_metrics(task: str) -> tuple[str, ...]:
 
 
 # Which groups a claim compares.
-
-KNOWN = (*tying.NAMES, *tying.STARTS, "LoRA_qkv")
-"""Configurations whose name follows from their values."""
 
 
 @dataclass(frozen=True)
@@ -322,7 +327,7 @@ def pairs(claim: Claim, groups: Sequence[RunGroup], splits: Mapping[tuple[str, s
     """
     anchors: dict[str, list[RunGroup]] = {}
     for group in groups:
-        if claim.covers(group.task) and _is_of(group, claim.anchor) and group.rank == claim.anchor.rank:
+        if claim.covers(group.task) and claim.anchor.means(group.arm) and group.rank == claim.anchor.rank:
             anchors.setdefault(group.setting, []).append(group)
     found = []
     for alike in anchors.values():
@@ -330,7 +335,7 @@ def pairs(claim: Claim, groups: Sequence[RunGroup], splits: Mapping[tuple[str, s
             found.append(_pair(claim, _only_one(alike), groups, splits))
         except UserError as error:
             setting = alike[0].setting
-            is_there = any(group.setting == setting and _is_of(group, claim.method) for group in groups)
+            is_there = any(group.setting == setting and claim.method.means(group.arm) for group in groups)
             found.append(Pair(alike[0], problem=str(error), lacks_method=not is_there))
     return found
 
@@ -410,23 +415,9 @@ def _shifted(group: RunGroup, side: Side) -> RunGroup:
     return replace(group, configuration=name, runs=runs, diverged_seeds=diverged)
 
 
-def _is_of(group: RunGroup, side: Side) -> bool:
-    """Whether the group is of the side's configuration: a known name, or the name of a specification of one's own.
-
-    A changed TABuv, such as one with dropout, may still be called TABuv. It is not the TABuv of a claim.
-    """
-    if group.label == side.label:
-        return True
-    record = group.runs[0].record
-    if record.identity.suffix != side.suffix:
-        return False
-    is_its_name = record.label == "custom" and record.config.tying.name == side.configuration
-    return is_its_name and side.configuration not in KNOWN
-
-
 def _partner(side: Side, anchor: RunGroup, groups: Sequence[RunGroup], what: str = "") -> RunGroup:
     """The group of the side in the anchor's setting. Its UserErrors begin with `what`."""
-    found = [group for group in groups if group.setting == anchor.setting and _is_of(group, side)]
+    found = [group for group in groups if group.setting == anchor.setting and side.means(group.arm)]
     name = side.label
     if side.rank is not None or side.at == EQUAL_RANK:
         rank = side.rank or anchor.rank

@@ -12,17 +12,17 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 import zlib
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from tiedlora.analysis.rate_choice import ChosenRate, choose_rate, rate_trials
 from tiedlora.analysis.runs import LeftOut, Run, UnfinishedRun
-from tiedlora.config.identity import identity_digest, leaves
+from tiedlora.config.identity import leaves
 from tiedlora.config.sizes import is_near
+from tiedlora.config.trial_arm import TrialArm, own_values
 from tiedlora.records.provenance import CHAT_TEMPLATE, TARGET_BLANK, TOKENIZER
 from tiedlora.records.run_record import RunRecord
 from tiedlora.records.selection import RateChoice, Selection
@@ -41,9 +41,7 @@ class RunGroup:
     task: str
     configuration: str
     """The label, with the values that differ if two groups of a setting have the same label."""
-    rank: int
-    label: str
-    """Only the name: LoRA, TABuv, ..."""
+    arm: TrialArm
     variant: str = ""
     """The values that distinguish the setting from others of the same model and task, such as train.steps=300."""
     runs: list[Run] = field(default_factory=list)
@@ -62,6 +60,15 @@ class RunGroup:
     """Every run of the search that has ended, at any rate, sorted by rate and seed."""
 
     @property
+    def rank(self) -> int:
+        return self.arm.rank
+
+    @property
+    def label(self) -> str:
+        """Only the name: LoRA, TABuv, ..."""
+        return self.arm.label
+
+    @property
     def lr(self) -> float:
         return self.runs[0].lr
 
@@ -72,6 +79,16 @@ class RunGroup:
     @property
     def name(self) -> str:
         return self.configuration if self.is_other_method else f"{self.configuration} r={self.rank}"
+
+    @property
+    def own_values(self) -> str:
+        """What stands behind the label in `configuration`."""
+        return self.configuration.removeprefix(self.label)
+
+    @property
+    def short(self) -> str:
+        """The name beside a point of a chart."""
+        return self.arm.short + self.own_values
 
     @property
     def parts(self) -> tuple[tuple[float, RunGroup], ...]:
@@ -86,7 +103,7 @@ class RunGroup:
     @property
     def is_other_method(self) -> bool:
         """Whether another method was trained, which has no rank of ours."""
-        return any(run.record.is_other_method for run in self.runs)
+        return self.arm.method is not None
 
     @property
     def task_in_words(self) -> str:
@@ -125,12 +142,17 @@ def group_runs(
         setting, own = (json.dumps(values, sort_keys=True) for values in _setting_and_own(run))
         runs_of[setting, own].append(run)
     unfinished = [folder.run for folder in left_out if folder.run is not None]
+    finished = {run.run_id for run in runs}
     groups = []
     for (setting, _), members in runs_of.items():
         first = members[0]
-        rank = first.record.identity.rank.r
-        group = RunGroup(setting, first.model, first.task, first.configuration, rank, first.configuration)
-        _choose_rate(group, members, _own_unfinished(unfinished, members), _recorded_choices(members, choices))
+        group = RunGroup(setting, first.model, first.task, first.arm.label, first.arm)
+        _choose_rate(
+            group,
+            members,
+            [other for other in unfinished if other.search == first.search and other.run_id not in finished],
+            _recorded_choices(members, choices),
+        )
         _mark_mixtures(group)
         _mark_arm(group)
         groups.append(group)
@@ -150,14 +172,11 @@ def _setting_and_own(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Arms with shuffled targets, and those trained from a reward, are scored on the same rows as the others.
     """
-    setting = dict(run.record.identity.tree)
-    train, task = dict(setting["train"]), dict(setting["task"])
-    setting |= {"train": train, "task": task, "base": run.record.base.digest}
-    own = {key: setting.pop(key, None) for key in ("tying", "rank", "objective")}
-    own |= {"lr_factor": train.pop("lr_factor", None), "shuffle_targets": task.pop("shuffle_targets", False)}
-    setting.pop("seed", None)
-    train.pop("lr", None)
-    return setting, own
+    tree = run.record.identity.tree
+    setting = {key: value for key, value in tree.items() if key not in ("tying", "rank", "objective", "seed")}
+    setting["train"] = {key: value for key, value in tree["train"].items() if key not in ("lr", "lr_factor")}
+    setting["task"] = {key: value for key, value in tree["task"].items() if key != "shuffle_targets"}
+    return setting | {"base": run.record.base.digest}, own_values(tree)
 
 
 def differing_values(names: Sequence[Hashable], trees: Sequence[Any]) -> list[str]:
@@ -184,24 +203,6 @@ def _short(value: Any) -> str:
     if len(text) <= LONGEST_VALUE:
         return text
     return f"{text[: LONGEST_VALUE - 3]}... #{zlib.crc32(json.dumps(value).encode()):08x}"
-
-
-def _own_unfinished(unfinished: Iterable[UnfinishedRun], runs: Sequence[Run]) -> list[UnfinishedRun]:
-    """The runs without a result that belong to the group of these runs: their id is the group's at their seed and rate.
-
-    Where a configuration cannot be read, its rate is looked for among those of the runs.
-    """
-    finished, rates = {run.run_id for run in runs}, sorted({run.lr for run in runs})
-    start, tree = runs[0].run_id.rsplit("-", 2)[0], runs[0].record.identity.tree
-    own = []
-    for other in unfinished:
-        if other.run_id in finished or not other.run_id.startswith(f"{start}-s"):
-            continue
-        for lr in rates if math.isnan(other.lr) else [other.lr]:
-            values = {**tree, "seed": other.seed, "train": {**tree["train"], "lr": lr}}
-            if other.run_id == f"{start}-s{other.seed}-{identity_digest(values)}":
-                own.append(replace(other, lr=lr))
-    return own
 
 
 def _recorded_choices(runs: Sequence[Run], choices: Iterable[RateChoice]) -> list[RateChoice]:
@@ -349,14 +350,9 @@ def curve(configuration: str, setting: str, groups: Sequence[RunGroup]) -> list[
     """
     members: dict[int, RunGroup] = {}
     for group in groups:
-        if group.setting == setting and is_on_curve(configuration, group.label, group.rank) and group.is_plain:
+        if group.setting == setting and group.arm.is_size_of(configuration) and group.is_plain:
             members.setdefault(group.params, group)
     return [members[params] for params in sorted(members)]
-
-
-def is_on_curve(configuration: str, label: str, rank: int | None) -> bool:
-    """Whether an arm is a size of the configuration; see `curve`."""
-    return label == configuration or (rank == 1 and bool(re.fullmatch(rf"{re.escape(configuration)}_l\d+", label)))
 
 
 def point(configuration: str, sizes: Sequence[RunGroup], params: int) -> Blend | None:

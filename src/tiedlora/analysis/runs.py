@@ -7,33 +7,40 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from tiedlora import storage
 from tiedlora.analysis.intervals import Array, Clusters, pseudo_values
-from tiedlora.config.identity import identity_digest, leaves, name_of
-from tiedlora.config.schema import TaskConfig
+from tiedlora.config.identity import arm_of, identity, identity_digest, without_gone_keys
+from tiedlora.config.schema import Config, TaskConfig
+from tiedlora.config.trial_arm import TrialArm
 from tiedlora.errors import UserError
-from tiedlora.reading import read_typed
+from tiedlora.reading import read_typed, typed
 from tiedlora.records import study_files
 from tiedlora.records.interval import Unit
 from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, is_loss, mean_per_token
 from tiedlora.records.rows import PredictionRow, read_metrics, read_predictions
 from tiedlora.records.run_folder import DIVERGED, RunFolder, RunName, last_line
-from tiedlora.records.run_record import RunRecord, SplitScores, arm_suffix, read_record
+from tiedlora.records.run_record import RunRecord, SplitScores, read_record
 from tiedlora.records.selection import LOSS, SELECTION_FILE, Selection, read_selection
 from tiedlora.tasks import load_task
-from tiedlora.tying import STARTS
 
-FOLDER_NAME = re.compile(r"(?P<label>\w+?)-r(?P<rank>\d+)-(?P<task>.+)-[^-]+-s(?P<seed>\d+)-[0-9a-f]{10}")
-PART_OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoint", "error.txt", ".lock", "adapter", "predictions")
+PART_OF_A_RUN = (
+    "result.json",
+    "config.yaml",
+    "metrics.jsonl",
+    "checkpoint",
+    "error.txt",
+    ".lock",
+    "adapter",
+    "predictions",
+)
 NOT_RUNS = ("base", "sweeps")
 """Folders in outputs/ that are not runs: scores of base models, and frozen configurations of sweeps."""
 TOLERANCE = 1e-6
@@ -44,10 +51,13 @@ LONGEST_REASON = 200
 
 @dataclass(frozen=True)
 class UnfinishedRun(RunName):
-    """A run without a result, named by its folder and config.yaml. An unknown model is empty, an unknown rate NaN."""
+    """A run without a result. What it is follows from its config.yaml."""
 
     run_id: str
     """The folder's name."""
+    arm: TrialArm
+    search: str
+    """As that of `Run`."""
     ending: Literal["", "failed", "pruned"]
     """Whether the run ended with an error, or the search of a learning rate stopped it."""
     diverged: bool
@@ -63,7 +73,7 @@ class LeftOut:
     path: Path
     reason: str
     run: UnfinishedRun | None = None
-    """None if the name is not that of a run's folder."""
+    """None if the folder has no readable config.yaml."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,13 +82,20 @@ class Run:
 
     path: Path
     record: RunRecord
-    configuration: str
-    """LoRA, TABuv_v0, ...: the name that follows from the specification's values, or `custom (<its own name>)`."""
     ending: ClassVar = "finished"
 
     @property
     def run_id(self) -> str:
         return self.record.run_id
+
+    @property
+    def arm(self) -> TrialArm:
+        return self.record.arm
+
+    @property
+    def search(self) -> str:
+        """What runs share that differ in seed and rate alone: those that a search of the rate compares."""
+        return _search(self.record.identity.tree)
 
     @property
     def model(self) -> str:
@@ -155,7 +172,7 @@ def names_of(runs: Iterable[Run]) -> tuple[set[str], dict[str, set[str]]]:
     configurations: set[str] = set()
     metrics: dict[str, set[str]] = {}
     for run in runs:
-        configurations |= {run.configuration, run.record.config.tying.name}
+        configurations |= {run.arm.configuration, run.arm.name}
         metrics.setdefault(run.task, set()).update(*(scores.metrics for scores in run.splits.values()))
     return configurations, metrics
 
@@ -175,7 +192,7 @@ def _folders(roots: Iterable[Path]) -> Iterator[Path]:
     for root in roots:
         if not root.is_dir():
             raise UserError(f"{root.absolute()}: is not a folder; give the one with the runs (outputs= of train.py)")
-        if (root / "result.json").is_file() or FOLDER_NAME.fullmatch(root.name):
+        if any((root / name).is_file() for name in PART_OF_A_RUN):
             yield root
             continue
         for folder in sorted(root.iterdir()):
@@ -198,51 +215,35 @@ def read_run(path: Path) -> Run | LeftOut:
     try:
         record = read_record(folder.result_file)
         identity_digest(record.identity.tree)  # It refuses a number that is not finite.
-        return Run(path, record, _configuration(record))
+        return Run(path, record)
     except UserError as error:
         reason = str(error).removeprefix(f"{folder.result_file}: ")
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        reason = f"config.model.architecture.layers cannot be read ({error!r:.60})"
     return LeftOut(path, f"result.json: {reason}", _unfinished(folder))
 
 
-def _configuration(record: RunRecord) -> str:
-    suffix = record.identity.suffix
-    if record.is_other_method:
-        return record.config.tying.name + suffix
-    if record.label != "custom":
-        return record.label + suffix
-    layers = int(record.config.tree["model"]["architecture"]["layers"])
-    return (name_of(record.identity.tying, layers) or f"custom ({record.config.tying.name})") + suffix
+def _search(identity: dict[str, Any]) -> str:
+    return identity_digest({**identity, "seed": None, "train": {**identity["train"], "lr": None}})
 
 
 def _unfinished(folder: RunFolder) -> UnfinishedRun | None:
-    """The run of a folder without a result; None if the folder's name is not that of a run."""
-    match = FOLDER_NAME.fullmatch(folder.path.name)
-    if match is None:
-        return None
+    """The run of a folder without a result; None if its configuration cannot be read."""
     try:
-        value = leaves(storage.read_yaml(folder.config_file)).get
-        lr, model = float(value("train.lr", math.nan)), str(value("model.name", "")).rsplit("/", 1)[-1]
-        suffix = arm_suffix(value("task.shuffle_targets", False), value("objective.name"))
-        configuration, name = match["label"], str(value("tying.name"))
-        if value("tying.method") is not None:
-            configuration = name
-        elif configuration == "custom":
-            # A changed TABuv may still have the name TABuv. Another start, or LoRA on some layers, has its own.
-            configuration = name if name in STARTS or name.startswith("LoRA_l") else f"custom ({name})"
-        configuration += suffix
-    except Exception:  # A file that a kill has cut off may be wrong in any way. Then these are not known.
-        lr, model, configuration = math.nan, "", match["label"]
+        tree = without_gone_keys(storage.read_yaml(folder.config_file))
+        config = typed(Config, tree, "a run's configuration")
+        arm, search = arm_of(config), _search(identity(config))
+    except UserError:
+        return None
     error, losses = last_line(folder.error_file), list(logged_curves(folder.path, LOSS).get(LOSS, {}).values())
     return UnfinishedRun(
         run_id=folder.path.name,
-        model=model,
-        configuration=configuration,
-        rank=int(match["rank"]),
-        task=match["task"],
-        seed=int(match["seed"]),
-        lr=lr if math.isfinite(lr) else math.nan,
+        arm=arm,
+        search=search,
+        model=config.model.name.rsplit("/", 1)[-1],
+        configuration=arm.label,
+        rank=arm.rank,
+        task=config.task.name,
+        seed=config.seed,
+        lr=math.nan if config.train.lr is None else config.train.lr,
         ending="failed" if error else "pruned" if last_line(folder.pruned_file) else "",
         diverged=error.startswith(DIVERGED),
         loss=losses[-1] if losses else None,

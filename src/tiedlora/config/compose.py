@@ -30,6 +30,7 @@ from tiedlora.config.explain import options, peft_options, readable_errors, sche
 from tiedlora.config.identity import (
     adapter_digest,
     adapter_folder,
+    arm_of,
     config_tree,
     identity,
     leaves,
@@ -43,7 +44,7 @@ from tiedlora.errors import UserError
 from tiedlora.keys import from_person
 from tiedlora.other_methods import REGISTERED, TyingConfig, resolve
 from tiedlora.text import nearest
-from tiedlora.tying import Architecture, Term, adapted_layers
+from tiedlora.tying import LR_ON_LAYERS, Architecture, Term, adapted_layers, is_named
 
 # OmegaConf 2.4 has another name for register_new_resolver. 2.3 has an older function of that name.
 _IS_NEW = tuple(map(int, omegaconf.__version__.split(".")[:2])) >= (2, 4)
@@ -52,6 +53,8 @@ VERSION_BASE: dict[str, Any] = {} if _HYDRA_IS_NEW else {"version_base": "1.3"}
 """Hydra 1.3 asks which version's defaults to take. 1.4 has these defaults, and warns if it is told."""
 PATHS = ("outputs", "cache", "data_root", "model.path")
 """Keys that name places of the machine: they are no part of a run, and `verify` may get others."""
+MOST_LAYERS_IN_NAME = 48
+"""The options LoRA_l1, LoRA_l2, ... end here: gpt2_xl has so many layers. tying.layers takes any number."""
 ARGUMENTS = "tying.resolved."
 """Where the identity has the arguments of another method. The user sets them under tying.arguments."""
 LR_FACTORS = "tying.lr_factors."
@@ -80,6 +83,10 @@ def register() -> None:
     for option, node in peft_options().items():
         group, _, name = f"tying/{option}".rpartition("/")
         store.store(group=group, name=name, node=node)
+    for count in range(1, MOST_LAYERS_IN_NAME + 1):
+        name = f"LoRA_l{count}"
+        own = {"name": name, "layers": [f"evenly {count}"], "suggested_lr": LR_ON_LAYERS}
+        store.store(group="tying", name=name, node={"defaults": ["LoRA", "_self_"], **own})
     _register_resolver("project", lambda: str(PROJECT), replace=True)
 
 
@@ -316,11 +323,13 @@ def _overrides(config: Config, train: str) -> list[str]:
         train: the option of conf/train to begin with.
     """
     models = {storage.read_yaml(CONF / "model" / f"{name}.yaml")["name"]: name for name in options("model")}
-    chosen = {"model": models.get(config.model.name, ""), "task": config.task.name, "tying": config.tying.name}
+    chosen = {"model": models.get(config.model.name, ""), "task": config.task.name, "tying": arm_of(config).option}
     chosen |= {"objective": config.objective.name, "rank": f"r{config.rank.r}", "train": train}
     defaults = [entry for entry in OmegaConf.load(CONF / "config.yaml").defaults if not isinstance(entry, str)]
     words = [
-        f"{group}={name}" for group, name in chosen.items() if name in options(group) and {group: name} not in defaults
+        f"{group}={name}"
+        for group, name in chosen.items()
+        if (name in options(group) or (group == "tying" and is_named(name))) and {group: name} not in defaults
     ]
     if "tying=peft" in words:
         words.append(f"tying.method={config.tying.method}")

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-import yaml
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -21,6 +20,7 @@ from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.keys import help_of, sections
 from tiedlora.text import nearest, visible
+from tiedlora.tying import RENAMED
 
 
 @cache
@@ -67,6 +67,8 @@ def explain(error: BaseException) -> str:
     # "Could not load" stands in the message about a list of options, such as +grid=[papr,quick].
     if match := re.search(r"Could not (?:find|load) '([\w-]+)/(.*?)'", text):
         group, option = match.groups()
+        if group == "tying" and option in RENAMED:
+            return f"tying={option}: {RENAMED[option]}"
         names = []
         if group == "hydra":
             inner, _, option = option.partition("/")
@@ -136,8 +138,6 @@ def peft_options() -> dict[str, dict[str, Any]]:
     """
     file = CONF / "peft_methods.yaml"
     try:
-        # Every command reads the table. libyaml takes a twentieth of the time of the loader that is written in Python.
-        table = yaml.load(storage.read_bytes(file), storage.YAML_LOADER)
-        return {f"peft/{name}": {"name": f"peft/{name}", **values} for name, values in table.items()}
-    except (YAMLError, AttributeError, TypeError) as error:
-        raise UserError(f"{file}: is no table of methods ({' '.join(str(error).split())})") from None
+        return {f"peft/{name}": {"name": f"peft/{name}", **values} for name, values in storage.read_yaml(file).items()}
+    except TypeError as error:
+        raise UserError(f"{file}: is no table of methods ({error})") from None

@@ -17,10 +17,10 @@ from typing import Any
 
 from tiedlora import storage, tying
 from tiedlora.config.schema import Config
+from tiedlora.config.trial_arm import TrialArm, trial_arm
 from tiedlora.description import DESCRIPTION
 from tiedlora.errors import UserError
 from tiedlora.keys import MISSING
-from tiedlora.tying import Tying
 
 IDENTITY_VERSION = 1
 """Raise it when the meaning of a configuration changes although no key changes. Every run then gets a new id."""
@@ -65,13 +65,9 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def label(values: Tying) -> str:
-    """`LoRA`, `TABuv`, ..., `custom`, or `peft_Vera` for another method: the first word of a run's id."""
-    method = getattr(values, "method", None)
-    if method is None:
-        return tying.label(values)
-    kind = method.removesuffix("Config")
-    return kind if kind == method else f"peft_{kind}"
+def arm_of(config: Config) -> TrialArm:
+    """The arm that a configuration trains."""
+    return trial_arm(identity(config), config.tying.name)
 
 
 def run_id(config: Config) -> str:
@@ -80,8 +76,9 @@ def run_id(config: Config) -> str:
     Raises:
         UserError: a value is infinite or no number.
     """
-    model, digest = config.model.name.rsplit("/", 1)[-1].lower(), identity_digest(identity(config))
-    words = [label(config.tying), f"r{config.rank.r}", config.task.name, model, f"s{config.seed}", digest]
+    values, model = identity(config), config.model.name.rsplit("/", 1)[-1].lower()
+    word, digest = trial_arm(values, config.tying.name).word, identity_digest(values)
+    words = [word, f"r{config.rank.r}", config.task.name, model, f"s{config.seed}", digest]
     return "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", word) for word in words)
 
 
@@ -96,27 +93,6 @@ def identity_digest(values: Mapping[str, Any]) -> str:
     except ValueError:
         raise UserError("the configuration has a value that is infinite or no number; give a finite one") from None
     return hashlib.sha256(canonical.encode()).hexdigest()[:10]
-
-
-def name_of(tying_values: Mapping[str, object], layers: int) -> str | None:
-    """The name of a configuration that `label` calls custom; None if it has none.
-
-    It is a configuration with another start (tying.STARTS), such as TABuv_v0, or LoRA on evenly spaced layers, such as
-    LoRA_l15.
-
-    Args:
-        tying_values: the identity's values of `tying`, from a configuration or from a record.
-        layers: of the model.
-    """
-    values = dict(tying_values)
-    for name in tying.STARTS:
-        if identity(tying.named(name)) == values:
-            return name
-    adapted = values.pop("layers", None)
-    if isinstance(adapted, list) and values == identity(tying.named("LoRA")):
-        count = len(adapted)
-        return f"LoRA_l{count}" if adapted == tying.evenly_spaced(count, layers) else None
-    return None
 
 
 def config_tree(config: Config) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from tiedlora.errors import UserError
+from tiedlora.storage import conf_folder
 
 PROJECT = Path(__file__).resolve().parents[3]
-CONF = PROJECT / "conf"
+CONF = conf_folder()
 T = TypeVar("T")
 
 

@@ -85,7 +85,7 @@ def lora_layers(tying: TyingConfig, budget: int, architecture: Architecture) -> 
     Returns:
         None if the specification is not LoRA, or if all layers are nearest.
     """
-    if tying.method is not None or spec.label(tying) != "LoRA":
+    if tying.method is not None or spec.name_of(tying) != "LoRA":
         return None
     layers, all_layers = architecture.layers, spec.lora_params(1, architecture)
     if is_near(all_layers, budget):

@@ -28,8 +28,7 @@ from tiedlora.adapter.attach import Attached
 from tiedlora.adapter.files import TENSORS
 from tiedlora.adapter.parts import TiedAdapter
 from tiedlora.config import compose
-from tiedlora.config.identity import identity, name_of
-from tiedlora.config.identity import label as label_of
+from tiedlora.config.identity import identity
 from tiedlora.config.schema import Config, TaskConfig
 from tiedlora.description import DESCRIPTION
 from tiedlora.errors import UserError
@@ -185,7 +184,7 @@ def card(record: RunRecord, config: Config, options: ExportOptions, task: str = 
         record=record,
         config=config,
         terms=identity(config.tying).get("terms"),
-        label=name_of(identity(config.tying), config.model.architecture.layers) or label_of(config.tying),
+        label=record.arm.configuration,
         commits=[code for code in record.code_versions if code.commit is not None],
         command=compose.command(config),
         options=options,

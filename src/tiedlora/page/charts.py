@@ -175,7 +175,7 @@ def _against_parameters(ax: Axes, points: Sequence[Point]) -> None:
     for point in sorted(points, key=lambda point: point.group.params):
         by_name[point.group.configuration].append(point)
     for own in by_name.values():
-        colour, marker, _ = style(own[0].group)
+        colour, marker, _ = style(own[0].group.arm)
         places = [(point.group.params, point.value.value) for point in own]
         ax.plot(*zip(*places, strict=True), color=colour, linewidth=0.8)
         for group, value, is_filled, _ in own:
@@ -201,9 +201,9 @@ def draw_shares(ax: Axes, panel: SharePanel, share_panels: Sequence[SharePanel])
     margin = 0.02 * (scale.high - scale.low)
     ax.set_ylim(scale.low - margin, scale.high + 4 * margin)
     ax.set_yticks(list(scale.ticks), _percents(scale))
-    ax.set_ylabel(f"share of the gain of {cut(panel.reference.name, 20)}")
+    ax.set_ylabel(f"share of the gain of {cut(panel.reference.short, 20)}")
     ax.axhline(1, color=SOFT, linewidth=0.8, zorder=1)
-    colour, _, _ = style(panel.reference)
+    colour, _, _ = style(panel.reference.arm)
     params, curve = [arm.group.params for arm in panel.curve], [arm.share for arm in panel.curve]
     # The band is as narrow as the line where there is no interval: at the reference itself, or with one seed.
     bands = [share if math.isfinite(share.low) else Interval(share.value, share.value, share.value) for share in curve]
@@ -219,8 +219,8 @@ def draw_shares(ax: Axes, panel: SharePanel, share_panels: Sequence[SharePanel])
             # A small arrow where the interval goes on.
             for end, marker in ((arm.share.low, "v"), (arm.share.high, "^")):
                 if end != (seen := scale.nearest(end)):
-                    ax.plot(arm.group.params, seen, marker, color=style(arm.group)[0], markersize=3)
-        name = arm.group.name if is_inside else minus(f"{arm.group.name}, {shares.percent(arm.share.value)} %")
+                    ax.plot(arm.group.params, seen, marker, color=style(arm.group.arm)[0], markersize=3)
+        name = arm.group.short if is_inside else minus(f"{arm.group.short}, {shares.percent(arm.share.value)} %")
         points.append(Point(arm.group, value, is_inside, name))
     _against_parameters(ax, points)
 
@@ -239,7 +239,7 @@ def draw_pareto(ax: Axes, rows: Sequence[ResultRow]) -> None:
     ax.plot(*zip(*corners, strict=True), color=SOFT, linewidth=0.8, zorder=1)
     ax.set_ylabel(f"{measure.metric.replace('_', ' ')}, {measure.unit.words}")
     pairs = enumerate(zip(rows, values, strict=True))
-    _against_parameters(ax, [Point(row.group, value, i in best, row.group.name) for i, (row, value) in pairs])
+    _against_parameters(ax, [Point(row.group, value, i in best, row.group.short) for i, (row, value) in pairs])
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -290,7 +290,7 @@ def draw_lines(ax: Axes, curves: Sequence[Curve], y: str, in_nats: bool) -> None
         in_nats: whether the y axis is logarithmic where the values differ much.
     """
     for group, steps, values in curves:
-        colour, marker, dash = style(group)
+        colour, marker, dash = style(group.arm)
         if len(values) > 1:
             ax.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
         ranks = sorted({curve.group.rank for curve in curves if curve.group.label == group.label})
@@ -321,7 +321,7 @@ def draw_search(ax: Axes, groups: Sequence[RunGroup]) -> None:
     for place, group in enumerate(groups):
         # A small shift separates the markers of configurations with equal rates.
         shift = 1.045 ** (place - (len(groups) - 1) / 2)
-        colour, marker, dash = style(group)
+        colour, marker, dash = style(group.arm)
         by_rate: dict[float, dict[int, float]] = defaultdict(dict)
         for trial in group.trials:
             loss = trial.loss if trial.loss is not None and trial.loss > 0 else top
@@ -335,7 +335,7 @@ def draw_search(ax: Axes, groups: Sequence[RunGroup]) -> None:
         ax.plot([rate * shift for rate in means], list(means.values()), color=colour, linestyle=dash, linewidth=1)
         if group.lr in means:
             ax.plot([group.lr * shift], [means[group.lr]], "o", color=INK, markersize=11, fillstyle="none", zorder=4)
-            names.append((group.lr * shift, means[group.lr], group.name))
+            names.append((group.lr * shift, means[group.lr], group.short))
     _log_axis(ax.xaxis, [trial.lr for group in groups for trial in group.trials if trial.lr > 0], _number)
     _log_axis(ax.yaxis, losses, _number, widen=1.15)
     ax.set(xlabel="learning rate", ylabel="last validation loss")
@@ -436,6 +436,6 @@ def _names_at_ends(ax: Axes, curves: Sequence[Curve]) -> None:
     # None stands below the axes, where the ticks are.
     places = np.maximum(isotonic_regression(wanted - apart).x, ax.bbox.y0) + apart
     for (x, y, curve), up in zip(ends, 72 / inch * (places - wanted), strict=True):
-        name = cut(curve.group.name, 20)
+        name = cut(curve.group.short, 20)
         text = ax.annotate(name, (x, y), (6, up), textcoords="offset points", annotation_clip=False)
         text.set(fontsize=7, va="center")

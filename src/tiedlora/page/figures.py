@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from tiedlora.analysis.groups import RunGroup
+from tiedlora.config.trial_arm import TrialArm
 from tiedlora.text import visible
 
 HERE = Path(__file__).parent
@@ -52,13 +53,14 @@ STYLES = {
     "LoRA": (BLUE, "o", "-"),
     "LoRA_qkv": (SKY, "h", "-"),
     "TABuv": (RED, "D", "-"),
-    "TABuv_v0": (RED, "d", "-."),
+    "TABuv_b0": (RED, "d", "-."),
     "TAB": (GREEN, "s", "-"),
     "TA": (GREEN, "^", "--"),
     "TB": (GREEN, "v", ":"),
     "Tuv": (PURPLE, "P", "-"),
     "TAuv": (ORANGE, "<", "--"),
     "TBuv": (ORANGE, ">", ":"),
+    "TBuv_b0": (ORANGE, "h", ":"),
     "LoRA (shuffled targets)": (SOFT, "p", ":"),
     "RaSA": (SKY, "X", "-"),
     "TAuv_LoRA1": (ORANGE, "X", "-"),
@@ -72,7 +74,7 @@ OTHERS = [(colour, marker, dash) for marker, dash in (("*", "-."), ("p", "--"), 
 GLYPHS = dict(zip("odDs^v<>PhHXp*", "●♦◆■▲▼◀▶✚⬢⬣✖⬟★", strict=True))
 """Marker -> the letter that looks like it, for the page's legends. Each marker above needs one, and each colour its
 name in THEME."""
-FIRST = ("LoRA", "TABuv", "TABuv_v0", "TAuv")
+FIRST = ("LoRA", "TABuv", "TABuv_b0", "TAuv")
 """The configurations that are drawn and named first. LoRA on some layers comes last."""
 KINDS = ("forest", "shares", "pareto", "curves", "search")
 """What a panel may belong to; a report has a figure of each kind, if there is anything to draw."""
@@ -126,27 +128,22 @@ class Key:
 
 def order(group: RunGroup) -> tuple[int, int]:
     """The key by which groups are sorted where there is not room for all."""
-    is_part = _drawn_as(group.label) != group.label
+    is_part = group.arm.on_layers is not None
     return (FIRST.index(group.label) if group.label in FIRST else len(FIRST) + is_part, group.rank)
 
 
-def style(group: RunGroup) -> tuple[str, str, Any]:
-    """The colour, marker and dash of a configuration, the same in every figure."""
-    name = _drawn_as(group.label)
+def style(arm: TrialArm) -> tuple[str, str, Any]:
+    """The colour, marker and dash of an arm, the same in every figure. LoRA on some layers looks as LoRA."""
+    name = arm.family
     return STYLES.get(name) or OTHERS[zlib.crc32(name.encode("utf-8", "replace")) % len(OTHERS)]
-
-
-def _drawn_as(name: str) -> str:
-    """LoRA on some layers looks as LoRA."""
-    return re.sub(r"^LoRA_l\d+$", "LoRA", name)
 
 
 def legend(panels: Iterable[Panel]) -> list[Key]:
     """One entry for each configuration of the panels that looks different."""
     keys: dict[str, Key] = {}
     for group in sorted((group for panel in panels for group in panel.groups), key=order):
-        name = _drawn_as(group.configuration)
-        key = keys.setdefault(name, Key(name, *style(group), []))
+        name = group.arm.family + group.own_values
+        key = keys.setdefault(name, Key(name, *style(group.arm), []))
         key.marks.extend(mark for mark in group.short_marks if mark not in key.marks)
     return list(keys.values())
 

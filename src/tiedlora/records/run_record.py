@@ -5,13 +5,15 @@ Reading it needs neither torch nor Hydra. The report, the sweeps and the scripts
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field
 
 from tiedlora.config.schema import FORGETTING, SCORED_SPLITS, SPLITS, Split
+from tiedlora.config.trial_arm import TrialArm, trial_arm
 from tiedlora.description import BaseModelRecord
 from tiedlora.errors import UserError
 from tiedlora.reading import (
@@ -29,7 +31,6 @@ from tiedlora.records.interval import Interval
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.provenance import CodeVersion, ContinuedFrom, Execution
 from tiedlora.text import is_name
-from tiedlora.tying import PARTS
 
 RunId = Annotated[StoredText, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,400}$")]
 StoredSplit = Annotated[StoredText, Field(pattern=f"^({'|'.join((*SCORED_SPLITS, FORGETTING))})$")]
@@ -60,11 +61,6 @@ class TrainValues:
     lr_factor: dict[StoredText, StoredNumber] | None = None
 
 
-def arm_suffix(shuffles_targets: bool, objective: str | None) -> str:
-    """The end of the name of an arm with these values of task.shuffle_targets and objective.name."""
-    return " (reward)" if objective == "reward" else " (shuffled targets)" if shuffles_targets else ""
-
-
 def with_tree(value: Any) -> Any:
     """The object with itself as its `tree`. Anything else is left to the check of types."""
     return {**value, "tree": value} if isinstance(value, dict) else value
@@ -82,11 +78,6 @@ class Identity:
     score: dict[str, Any]
     tree: dict[str, Any]
     objective: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def suffix(self) -> str:
-        """The end of the arm's name, which says what it was trained for; empty for the targets of its rows."""
-        return arm_suffix(self.shuffles_targets, self.objective.get("name"))
 
     @property
     def shuffles_targets(self) -> bool:
@@ -289,7 +280,7 @@ class RunRecord:
     """What a study does not keep of the run's folder: TEXTS, ADAPTER. None for the run's own folder."""
 
     def to_json(self) -> dict[str, Any]:
-        return {**plain(self), "identity": self.identity.tree, "config": self.config.tree}
+        return {**plain(self), "arm": asdict(self.arm), "identity": self.identity.tree, "config": self.config.tree}
 
     @property
     def executions(self) -> list[Execution]:
@@ -323,15 +314,14 @@ class RunRecord:
         """
         return what not in (self.left_out or ())
 
-    @property
-    def is_other_method(self) -> bool:
-        """Whether another method than this project's own was trained."""
-        return self.identity.tying.get("method") is not None
+    @cached_property
+    def arm(self) -> TrialArm:
+        """What was trained. It follows from the identity, so that a name of the table is never an old one.
 
-    @property
-    def label(self) -> str:
-        """LoRA, TABuv, ... or custom: the name that follows from the specification's values."""
-        return self.run_id.split("-", 1)[0]
+        Raises:
+            UserError: a value of the identity is impossible.
+        """
+        return trial_arm(self.identity.tree, self.config.tying.name)
 
 
 def read_record(path: Path) -> RunRecord:
@@ -341,6 +331,10 @@ def read_record(path: Path) -> RunRecord:
         UserError: the file is not a run's record; the message names the file, and the key that is missing or wrong.
     """
     record = read_typed(path, RunRecord)
+    try:
+        assert record.arm
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if fault := _fault(record):
         raise UserError(f"{path}: {fault}")
     return record
@@ -352,11 +346,6 @@ def _fault(record: RunRecord) -> str | None:
         return f"'base.name' is {record.base.name!r:.60}, which is no name of this project"
     if record.base.digest is None:
         return "'base.digest' is None, which no run has"
-    terms = record.identity.tying.get("terms")
-    for term in (record.identity.tying,) if terms is None else terms.values() if isinstance(terms, dict) else (terms,):
-        for part in PARTS:
-            if not (isinstance(term, dict) and isinstance(term.get(part, {}), dict)):
-                return f"'identity.tying' has no object '{part}'"
     for split in SPLITS[:2]:
         if split not in record.data:
             return f"has no 'data.{split}', so it is not a run's record of this project"

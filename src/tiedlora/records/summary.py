@@ -17,8 +17,8 @@ NEAR_ZERO = 0.05
 def terminal_lines(record: RunRecord, folder: Path) -> str:
     """The lines that end `python train.py`: loss, scores with intervals, size, folder."""
     training = record.training
-    rank = "" if record.is_other_method else f" r={record.identity.rank.r}"
-    head = f"{record.config.tying.name}{rank} on {record.identity.task.name}, {record.base.name}"
+    rank = "" if record.arm.method is not None else f" r={record.arm.rank}"
+    head = f"{record.arm.label}{rank} on {record.identity.task.name}, {record.base.name}"
     lines = [
         "",
         f"{head}, seed {record.seed}",

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from tiedlora import storage
 from tiedlora.config.check import check
-from tiedlora.config.identity import config_tree, identity, run_id, without_gone_keys
+from tiedlora.config.identity import arm_of, config_tree, identity, run_id, without_gone_keys
 from tiedlora.config.schema import Config
+from tiedlora.config.trial_arm import TrialArm
 from tiedlora.errors import UserError
 from tiedlora.reading import typed
 from tiedlora.records.run_folder import RunFolder, RunName, State
-from tiedlora.records.run_record import arm_suffix
 from tiedlora.scoring.passes import lacks_scores
 
 PLAN_FILE, VERDICTS_FILE = "plan.json", "verdicts.json"
@@ -80,18 +80,21 @@ class SweepCell:
     @cached_property
     def name(self) -> RunName:
         """What tables call the run."""
-        config = self.config
+        config, arm = self.config, self.arm
         assert config.train.lr is not None
         model = config.model.name.rsplit("/", 1)[-1]
-        name = config.tying.name + arm_suffix(config.task.shuffle_targets, config.objective.name)
-        return RunName(model, config.task.name, name, config.rank.r, config.train.lr, config.seed)
+        return RunName(model, config.task.name, arm.label, arm.rank, config.train.lr, config.seed)
+
+    @cached_property
+    def arm(self) -> TrialArm:
+        return arm_of(self.config)
 
 
 def frozen_cell(folder: Path, run_id: str) -> SweepCell:
     """A cell of the sweep in this folder, from its frozen configuration.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: the file is missing or damaged, or a named arm has other values since the sweep began.
     """
     path = folder / "cells" / f"{run_id}.json"
     tree = storage.read_json(path)
@@ -101,7 +104,10 @@ def frozen_cell(folder: Path, run_id: str) -> SweepCell:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     # Its run is beside sweeps/, wherever this machine sees that folder.
-    return SweepCell((), replace(config, outputs=str(folder.parents[1])))
+    cell = SweepCell((), replace(config, outputs=str(folder.parents[1])))
+    if cell.run_id != run_id:
+        raise UserError(f"{path}: is the run {cell.run_id} now: a file of conf/tying/ has changed; undo the change")
+    return cell
 
 
 def rate_groups(cells: Iterable[SweepCell]) -> dict[str, list[SweepCell]]:

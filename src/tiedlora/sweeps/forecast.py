@@ -6,6 +6,7 @@ they are the model's arithmetic (models/arithmetic.py) at a stated rate, on rows
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -14,13 +15,11 @@ from pathlib import Path
 from statistics import mean, median
 
 from tiedlora.config.compose import typed
-from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.models import arithmetic
 from tiedlora.records.loss_metrics import is_loss
-from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import RunRecord
+from tiedlora.records.run_record import RunRecord, read_record
 from tiedlora.sweeps.cells import SweepCell
 from tiedlora.tasks import Example, load_examples, load_task
 from tiedlora.text import aligned
@@ -104,19 +103,22 @@ def observed_speeds(config: Config, tflops: float = TFLOPS) -> Speeds | None:
 
     If none of them was scored, the speed of scoring is that of the arithmetic.
     """
-    # An id is five words and a hash: configuration, rank, task, model, seed.
-    _, _, task, model, *_ = run_id(config).split("-")
-    folders = Path(config.outputs).glob(f"*-{task}-{model}-s*/result.json")
     records: list[RunRecord] = []
     rows: list[int] = []
-    for path in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)[:NEWEST_RUNS]:
+    times = {path: path.stat().st_mtime_ns for path in Path(config.outputs).glob("*/result.json")}
+    for path in sorted(times, key=times.__getitem__, reverse=True):
         with suppress(UserError):
-            record = RunFolder(path.parent).finished_record()
-            own, training = typed(record.config.tree), record.training
-            kinds = ((one.model.name, one.train.dtype, one.objective.name) for one in (own, config))
+            record = _record(path, times[path])
+            identity, training = record.identity, record.training
+            if (identity.model.name, identity.task.name) != (config.model.name, config.task.name):
+                continue
+            own = typed(record.config.tree)
+            kinds = ((one.train.dtype, one.objective.name) for one in (own, config))
             if len(set(kinds)) == 1 and training.tokens_per_s > 0 and training.steps * own.train.batch_size > 0:
                 records.append(record)
                 rows.append(training.steps * own.train.batch_size)
+        if len(records) == NEWEST_RUNS:
+            break
     if not records:
         return None
     scores = [scored for record in records for scored in record.scores.values() if scored.seconds > 0]
@@ -132,6 +134,12 @@ def observed_speeds(config: Config, tflops: float = TFLOPS) -> Speeds | None:
         source=source,
         has_sampling=config.objective.name == "reward",
     )
+
+
+@functools.lru_cache(maxsize=2000)
+def _record(path: Path, changed: int) -> RunRecord:
+    """The record in a result.json, which each model and task of a sweep asks for, as of the time of its last change."""
+    return read_record(path)
 
 
 def computed_speeds(config: Config, tflops: float) -> Speeds | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -26,6 +25,7 @@ from tiedlora.analysis.claims import Claim, Side
 from tiedlora.analysis.groups import group_runs
 from tiedlora.analysis.runs import LeftOut, Run, Scorebook, read_run
 from tiedlora.config.project import PROJECT
+from tiedlora.config.trial_arm import TrialArm
 from tiedlora.errors import UserError
 from tiedlora.records.rows import read_validation_losses
 from tiedlora.records.selection import LOSS, SELECTION_FILE, RateChoice, RateSearch, Selection, write_selection
@@ -267,7 +267,7 @@ def run_deciding(sweep: Sweep, options: DecidingOptions, launch: Launch) -> None
     path = Path(options.claims) if Path(options.claims).exists() else PROJECT / options.claims
     planned = claim_files.read(path)
     configs = [cell.config for cell in sweep.cells]
-    names = {config.tying.name for config in configs}
+    names = {name for cell in sweep.cells for name in (cell.arm.configuration, cell.arm.name)}
     claim_files.check_names(path, planned, names, {config.task.name: () for config in configs})
     _check_sides(sweep, planned)
     if not all(config.score.splits for config in configs):
@@ -321,16 +321,16 @@ def _check_sides(sweep: Sweep, claims: Sequence[Claim]) -> None:
     Raises:
         UserError: naming what the first claim needs, and what the grid has.
     """
-    arms: dict[tuple[str, str], set[tuple[str, int]]] = {}
+    arms: dict[tuple[str, str], set[TrialArm]] = {}
     for cell in sweep.cells:
-        arm = cell.name.configuration, cell.name.rank
-        arms.setdefault((cell.config.model.name, cell.config.task.name), set()).add(arm)
+        arms.setdefault((cell.config.model.name, cell.config.task.name), set()).add(cell.arm)
 
-    def has(side: Side, claim: Claim, own: set[tuple[str, int]]) -> bool:
-        """Whether a side is among the configurations and ranks of one model and task."""
+    def has(side: Side, claim: Claim, own: set[TrialArm]) -> bool:
+        """Whether a side is among the arms of one model and task."""
+        if side.frontier:
+            return any(arm.is_size_of(side.frontier) for arm in own)
         rank = claim.anchor.rank if side.at == claim_files.EQUAL_RANK else side.rank
-        names = rf"{re.escape(side.frontier)}(_l\d+)?" if side.frontier else re.escape(side.label)
-        return any(re.fullmatch(names, name) and rank in (None, given) for name, given in own)
+        return any(side.means(arm) and rank in (None, arm.rank) for arm in own)
 
     def needed(claim: Claim) -> list[Side]:
         return [claim.method, claim.comparator, *([claim.floor] if claim.floor and claim.rule.needs_zero else [])]
@@ -340,7 +340,7 @@ def _check_sides(sweep: Sweep, claims: Sequence[Claim]) -> None:
         for claim in claims
         for (_, task), own in arms.items()
     ):
-        first, names = claims[0], sorted({f"{name} r={rank}" for own in arms.values() for name, rank in own})
+        first, names = claims[0], sorted({f"{arm.label} r={arm.rank}" for own in arms.values() for arm in own})
         raise UserError(
             f"hydra.sweeper.claims: no claim has both its sides in the grid; {first.name!r:.80} needs "
             f"{' and '.join(map(str, needed(first)))}, and the grid has {', '.join(names)}; add the missing axis, such "

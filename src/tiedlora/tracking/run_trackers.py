@@ -23,7 +23,7 @@ from typing import Any, cast
 
 from requests.utils import get_netrc_auth
 
-from tiedlora.config.identity import config_tree
+from tiedlora.config.identity import arm_of, config_tree
 from tiedlora.config.schema import LONGEST_TAG, Config
 from tiedlora.errors import Paused, UserError
 from tiedlora.records.rows import AppendedFile, MetricsRow, PredictionRow, read_metrics, read_predictions
@@ -55,7 +55,7 @@ class TrackedRun:
     def name(self) -> str:
         """The name for people, such as `TABuv r8 chain_sum s0`."""
         config = self.config
-        return f"{config.tying.name} r{config.rank.r} {config.task.name} s{config.seed}"
+        return f"{arm_of(config).label} r{config.rank.r} {config.task.name} s{config.seed}"
 
     @property
     def group(self) -> str:
@@ -66,7 +66,7 @@ class TrackedRun:
     def tags(self) -> list[str]:
         """Words to filter by."""
         config = self.config
-        words = [self._model, config.task.name, config.tying.name, f"r{config.rank.r}"]
+        words = [self._model, config.task.name, arm_of(config).label, f"r{config.rank.r}"]
         return [*(word[:LONGEST_TAG] for word in words), *config.tracking.tags]
 
     def settings(self) -> dict[str, Any]:
