@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
-from tiedlora import storage
+from tiedlora import storage, tying
 from tiedlora.analysis import rules
 from tiedlora.analysis.groups import Blend, Peer, RunGroup, curve, point
 from tiedlora.analysis.rules import Plan, Rule
