@@ -14,7 +14,7 @@ from typing import Any
 from tiedlora.config.schema import Config
 from tiedlora.description import BaseModelRecord
 from tiedlora.errors import UserError
-from tiedlora.records.reading import is_number
+from tiedlora.reading import is_number
 from tiedlora.records.rows import PredictionRow, read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import TEXTS, RunRecord
