@@ -98,7 +98,7 @@ SWEEPS = {
 WORDS = "model=tiny_llama outputs=outputs cache=cache"
 SCRIPTS = {
     "a report of nothing": ("report.py nowhere", "nowhere: is not a folder; give the one with the runs"),
-    "a report of no run": ("report.py cache", "cache: no run is there"),
+    "a report of no run": ("report.py empty", "empty: no run is there; give the folder with the runs (outputs="),
     "a report of a bare plan": ("report.py study", "the study has no runs yet; scripts/study.py run study makes them"),
     "a report with no claims": ("report.py outputs --claims nowhere", "nowhere: no such file; claims are YAML files"),
     "a report on another claim": ("report.py outputs --claims claims.yaml", "(did you mean TABuv?)"),
@@ -144,8 +144,9 @@ COMMANDS = {
 
 @pytest.fixture
 def place(tmp_path, monkeypatch, finished_run):
-    """A folder with a finished run, a study without runs, and claims about what does not exist."""
+    """A folder with a finished run, an empty folder, a study without runs, and claims about what does not exist."""
     finished_run()
+    (tmp_path / "empty").mkdir()
     (tmp_path / "study").mkdir()
     part = "{name: one, words: [model=tiny_llama], sweeps: [[seed=0]]}"
     (tmp_path / "study" / "study.yaml").write_text(f"name: study\nwords: []\nparts: [{part}]\n")
