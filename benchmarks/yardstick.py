@@ -23,11 +23,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tiedlora.analysis import compare, intervals
-from tiedlora.analysis.compare import worth_of
+from tiedlora.analysis import intervals
+from tiedlora.analysis.comparison import match
 from tiedlora.analysis.groups import RunGroup, group_runs
 from tiedlora.analysis.intervals import Clusters
 from tiedlora.analysis.runs import Measure, Scorebook, read_runs, read_selections, run_roots
+from tiedlora.analysis.worth import worth_of
 from tiedlora.config.project import PROJECT
 
 Array = NDArray[np.float64]
@@ -60,8 +61,7 @@ class Study:
     def arms(self, task: str, metric: str, *names: tuple[str, int]) -> Arms:
         """The tables of arms, given by name and rank."""
         measure, groups = Measure("test", metric), [self.group(task, *name) for name in names]
-        runs = compare._comparable_runs(groups, measure)
-        tables, clusters = self.book.tables(runs, measure)
+        tables, clusters = match(groups, measure, self.book).tables
         words = " / ".join(f"{name} r {rank}" for name, rank in names)
         return Arms(f"{task} {metric}: {words}", measure.sign * np.stack(tables), clusters)
 

@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 
 from tiedlora.config.compose import compose_config
 from tiedlora.config.project import PROJECT
-from tiedlora.records.loss_metrics import LOSS_METRICS
+from tiedlora.records.loss_metrics import LOSS_METRICS, TARGET_LOSS
 from tiedlora.tying import trainable_params
 
 PAGE = PROJECT / "docs" / "extending.md"
 BASIC = ["task=antonyms", "data_root=rows", "train=tiny", "model=tiny_llama"]
 """The copy's training without the page's optimizer, schedule, tracker and part."""
+METRICS = ["exact_match", "first_letter", *LOSS_METRICS, "target_loss_by_row"]
+"""Those of the task, and then the losses, with those that the page adds."""
 EXECUTION = ["train.threads=1", "train.dtype=float32", "outputs=outputs", "cache=cache"]
 
 
@@ -60,7 +62,7 @@ def start(root: Path, *arguments: str) -> str:
 def extended(tmp_path_factory) -> Path:
     """A copy of the project with everything that the page adds."""
     root = tmp_path_factory.mktemp("extended")
-    for name in ("src", "conf"):
+    for name in ("src", "conf", "scripts", "claims"):
         shutil.copytree(PROJECT / name, root / name)
     for name in ("train.py", "pyproject.toml"):
         shutil.copy(PROJECT / name, root / name)
@@ -75,13 +77,19 @@ def test_the_page_is_read_completely():
     assert len(commands()) == text.count("    python train.py") == 4
 
 
-def test_one_run_uses_everything(extended):
+@pytest.fixture(scope="module")
+def folder(extended) -> Path:
+    """The folder of a run that uses everything that the page adds."""
     overrides = dict.fromkeys([*BASIC, *(override for command in commands() for override in command)])
     start(extended, "train.py", *overrides, *EXECUTION)
     (result,) = (extended / "outputs").glob("*/result.json")
-    record, folder = json.loads(result.read_text()), result.parent
+    return result.parent
+
+
+def test_one_run_uses_everything(folder):
+    record = json.loads((folder / "result.json").read_text())
     train = record["identity"]["train"]
-    assert list(record["scores"]["validation"]["metrics"]) == ["exact_match", *LOSS_METRICS]
+    assert list(record["scores"]["validation"]["metrics"]) == METRICS
     assert (train["optimizer"], train["momentum"]) == ("sgd", 0.9)
 
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -102,6 +110,21 @@ def test_one_run_uses_everything(extended):
     w = load_file(folder / "adapter" / "adapter.safetensors")["qkv.w"]
     assert tuple(w.shape) == (architecture.layers, architecture.hidden)
     assert (w != 1).any()
+
+
+def test_the_report_shows_the_numbers_that_the_page_adds(extended, folder):
+    start(extended, "scripts/report.py", "outputs", "--out", "report")
+    with open(extended / "report" / "results.csv", encoding="utf-8", newline="") as file:
+        rows = {row["metric"]: row for row in csv.DictReader(file)}
+    assert list(rows) == METRICS
+    # Of one seed, it is the score itself: a loss in nats too.
+    assert all(row["worst seed"] == row["score"] for row in rows.values())
+    loss, by_row = (float(rows[name]["score"]) for name in (TARGET_LOSS, METRICS[-1]))
+    assert by_row > loss, "a target has more than one token"
+    recorded = json.loads((folder / "result.json").read_text())["training"]["validation_loss_last"]
+    assert {row["validation loss"] for row in rows.values()} == {f"{recorded:.3f}"}
+    page = (extended / "report" / "index.html").read_text(encoding="utf-8")
+    assert all(name in page for name in (*METRICS, "worst seed", "validation loss"))
 
 
 def test_ids_of_earlier_runs_stay(extended):

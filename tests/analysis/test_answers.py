@@ -8,10 +8,11 @@ import pytest
 from helpers.report_runs import diverge, report_of_claim, scored_run, world
 
 from tiedlora.analysis import claims, rules
-from tiedlora.analysis.answers import Answer, Verdict, claim_verdicts
+from tiedlora.analysis.answers import Answer, Findings, Look, Verdict, claim_verdicts
 from tiedlora.analysis.intervals import Clusters
 from tiedlora.analysis.rules import Sides
 from tiedlora.config.project import PROJECT
+from tiedlora.records.interval import Interval
 
 SURE = {"rows": 1000, "seed_sd": 0.002}
 FILE = PROJECT / "claims" / "tied_lora.yaml"
@@ -46,9 +47,9 @@ class TestRules:
                 scored_run(tmp_path / "runs", losses, rows * 4, metric="target_loss", name=name, seed=seed)
         found = answer(tmp_path)
         assert found.verdict == "supported"
-        assert found.difference.value > 0, "a difference of losses keeps its sign"
-        assert found.contrast.value > 0, "the contrast is better if it is higher"
-        assert found.kept.value < 1, "the method's loss is higher"
+        assert found.findings.difference.value > 0, "a difference of losses keeps its sign"
+        assert found.findings.contrast.value > 0, "the contrast is better if it is higher"
+        assert found.findings.kept.value < 1, "the method's loss is higher"
 
 
 class TestLooks:
@@ -66,7 +67,7 @@ class TestLooks:
                 scored_run(tmp_path / "runs", [p] * 1000, [0.0] * 1000, name=name, seed=seed)
         after = answer(tmp_path)
         assert before.verdict == after.verdict == "contradicted"
-        assert before.contrast == after.contrast
+        assert before.findings.contrast == after.findings.contrast
 
     def test_seeds_between_two_looks_are_not_used(self, tmp_path):
         three = of_world(tmp_path, {"LoRA": 0.5, "TABuv": 0.48}, seeds=3, rows=200)
@@ -74,7 +75,8 @@ class TestLooks:
             scored_run(tmp_path / "runs", [1.0] * 200, [0.0] * 200, name=name, seed=3)
         four = answer(tmp_path)
         assert three.verdict == four.verdict == "undecided"
-        assert (four.look, four.seeds, four.contrast) == (0, 3, three.contrast)
+        found = four.findings
+        assert (found.look.number, found.seeds, found.contrast) == (0, 3, three.findings.contrast)
         assert "needs seeds 4 on both sides; a later look decides with a chance of" in four.decide
 
     def test_the_level_of_a_test_is_that_of_the_look_that_came_nearest_to_a_verdict(self, tmp_path):
@@ -84,15 +86,16 @@ class TestLooks:
                 for name, value in (("LoRA", 0.5), ("TABuv", score)):
                     scored_run(tmp_path / "runs", [value] * 60, [0.0] * 60, name=name, seed=number)
             found.append(answer(tmp_path, "better_by: 0.0"))
-        assert [one.look for one in found] == [0, 1]
-        assert found[1].decided_level == found[0].decided_level < 1
+        assert [one.findings.look.number for one in found] == [0, 1]
+        assert found[1].findings.decided_level == found[0].findings.decided_level < 1
 
     def test_a_seed_that_diverged_is_missing_and_one_that_crashed_stops_the_look(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, seeds=3, **SURE)
         lost = diverge(tmp_path / "runs", "TABuv-*-s2-*")
         (lost / "error.txt").write_text("Traceback\nOSError: [Errno 28] No space left on device\n")
         found = answer(tmp_path)
-        assert (found.verdict, found.look) == ("undecided", None), "it can be run again, and would change the look"
+        assert found.verdict == "undecided"
+        assert not found.findings.looks, "it can be run again, and would change the look"
         (lost / "error.txt").write_text("Traceback\ntiedlora.errors.Diverged: step 3: the loss is nan\n")
         found = answer(tmp_path)
         assert found.verdict == "contradicted"
@@ -106,7 +109,7 @@ class TestLooks:
         for seed in (1, 2):
             diverge(tmp_path / "runs", f"TABuv-*-s{seed}-*")
         found = answer(tmp_path)
-        assert (found.verdict, found.look, found.seeds) == ("contradicted", 1, 3)
+        assert (found.verdict, found.findings.look.number, found.findings.seeds) == ("contradicted", 1, 3)
         for seed in (3, 4):
             diverge(tmp_path / "runs", f"TABuv-*-s{seed}-*")
         shutil.rmtree(next((tmp_path / "runs").glob("LoRA-*-s4-*")))
@@ -140,7 +143,7 @@ class TestLooks:
             world(tmp_path / "runs", {"TABuv": 0.2}, seeds=3, lr=3e-2, **SURE)
             diverge(tmp_path / "runs", "TABuv-*-s2-*")
         found = answer(tmp_path)
-        assert (found.look, found.decide) == (None, "the look at 3 seeds: needs seeds 2 of TABuv r=8")
+        assert (found.findings.looks, found.decide) == ((), "the look at 3 seeds: needs seeds 2 of TABuv r=8")
 
     def test_later_seeds_can_change_a_rate_that_nothing_has_recorded_and_the_answer_says_so(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, seeds=3, **SURE)
@@ -157,7 +160,7 @@ class TestLooks:
         claim = {"rule": "better_by: 0.0", "top": "looks: [3]"}
         found = of_world(tmp_path, {"LoRA": 0.5, "TABuv": 0.1}, seeds=3, rows=300, base=0.5, claim=claim)
         assert found.verdict == "contradicted"
-        assert found.gain_may_be_zero
+        assert found.findings.look.gain_may_be_zero
 
     def test_a_comparator_without_a_gain_is_uninformative_at_the_last_look_only(self, tmp_path):
         floor = {"LoRA": 0.1, "TABuv": 0.1}
@@ -174,7 +177,7 @@ class TestLooks:
             for seed in range(3):
                 scored_run(tmp_path / "runs", [score], [0.0], name=name, seed=seed)
         found = answer(tmp_path)
-        assert (found.verdict, found.look) == ("undecided", None)
+        assert (found.verdict, found.findings.looks) == ("undecided", ())
         assert "one row has no interval" in found.reason
 
     def test_more_seeds_are_not_advised_where_they_will_not_decide(self, tmp_path):
@@ -217,10 +220,12 @@ class TestOverTasks:
     @staticmethod
     def answers(claim, *given):
         """Answers of tasks, each a verdict with the level at which the task contradicts the claim."""
-        return [
-            Answer(claim, "model", f"task {number}", verdict=verdict, contradicted_level=level, look=0)
-            for number, (verdict, level) in enumerate(given)
-        ]
+        found = []
+        for number, (verdict, level) in enumerate(given):
+            look = Look(0, 3, verdict, "", "", Interval(0, 0, 0), None, None, False, 1.0, contradicted_level=level)
+            findings = Findings(looks=(look,))
+            found.append(Answer(claim, "model", f"task {number}", None, verdict, "", "", findings=findings))
+        return found
 
     @pytest.mark.parametrize(
         ("given", "verdict"),

@@ -1,11 +1,14 @@
 """Claims: every rule and plan can be written, mistakes name the key, and the right groups are compared."""
 
+import shutil
+
 import numpy as np
 import pytest
 from helpers.report_runs import diverge, report_of_claim, scored_run, world
 
 from tiedlora.analysis import claims, rules
 from tiedlora.analysis.rules import better_by, retains
+from tiedlora.config import compose
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.tying import LrFactors
@@ -122,6 +125,17 @@ def test_what_exists_in_conf_or_in_the_runs_can_be_claimed(tmp_path):
         claims.check_names(path, claims.read(path), *RUNS)
 
 
+def test_a_broken_task_of_conf_is_an_error_and_no_task_without_metrics(tmp_path, monkeypatch):
+    shutil.copytree(PROJECT / "conf" / "task", tmp_path / "task")
+    monkeypatch.setattr(compose, "CONF", tmp_path)
+    path = tmp_path / "claims.yaml"
+    path.write_text(FILE.read_text().replace("tasks: []", "tasks: {squad: no_such_metric}"))
+    task = tmp_path / "task" / "squad.yaml"
+    task.write_text(task.read_text().replace("max_new_tokens: ", "max_new_tokens: many "))
+    with pytest.raises(UserError, match="max_new_tokens"):
+        claims.check_names(path, claims.read(path), *RUNS)
+
+
 # Which groups a claim compares.
 
 CHANGES = {
@@ -191,11 +205,11 @@ def test_a_configuration_is_compared_with_itself_on_other_seeds(tmp_path, answer
     world(tmp_path / "more", {"LoRA": 0.6}, seeds=10, rows=1000, seed_sd=0.002)
     for sides in ((plain, later), (later, plain)):
         (found,) = answers(*sides, level, roots=("more",))
-        assert (found.verdict, found.seeds) == ("supported", 3)
+        assert (found.verdict, found.findings.seeds) == ("supported", 3)
     assert "LoRA (seeds from 5) r=8 against LoRA r=8" in found.reason
     # Seeds 3 and 4 would be on both sides of the look at 5.
     (unclear,) = answers(plain, "LoRA, rank: 8, seed_offset: 3", "better_by: 0.0", roots=("more",))
-    assert (unclear.verdict, unclear.look) == ("undecided", 0)
+    assert (unclear.verdict, unclear.findings.look.number) == ("undecided", 0)
     assert unclear.decide == "a larger seed_offset: with 5 seeds, both sides would have the same runs"
     diverge(tmp_path / "more", "*-s6-*")
     assert "4 seeds at level 3.7 %, 1 diverged" in answers(plain, later, level, roots=("more",))[0].reason

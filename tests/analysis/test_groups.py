@@ -121,7 +121,7 @@ def test_groups_on_other_rows_are_not_subtracted(tmp_path):
     put(scored_run(tmp_path, GOOD, BASE), "scores.validation.digest", "other rows")
     row = primary_row(write.build([tmp_path]).rows, "TABuv")
     assert row.score is not None
-    assert row.difference is None
+    assert row.against.difference is None
     assert any("other data" in note for note in row.notes)
 
 
@@ -129,8 +129,8 @@ def test_a_seed_without_the_split_is_missing_not_filled_in(tmp_path):
     for seed, split, model in ((0, "test", "tiny"), (1, "validation", "tiny"), (0, "validation", "other")):
         scored_run(tmp_path, GOOD, BASE, split=split, seed=seed, model=f"org/{model}")
     other, row = write.build([tmp_path]).rows
-    assert (row.measure.split, row.seeds) == ("test", [0])
-    assert (other.measure.split, other.seeds) == ("validation", [0]), "another model has a split of its own"
+    assert (row.measure.split, row.seeds) == ("test", (0,))
+    assert (other.measure.split, other.seeds) == ("validation", (0,)), "another model has a split of its own"
     assert any("not scored on test: seed 1" in note for note in row.notes)
 
 

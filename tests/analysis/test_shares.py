@@ -6,7 +6,7 @@ import pytest
 from helpers.report_runs import report_of_claim, scored_run, world
 
 from tiedlora.analysis import rules, shares
-from tiedlora.analysis.compare import paired_scores
+from tiedlora.analysis.comparison import compare
 from tiedlora.analysis.runs import Scorebook
 from tiedlora.records.interval import Interval
 
@@ -19,9 +19,9 @@ def test_the_forest_has_a_bar_in_the_zone_and_says_why_one_is_missing(tmp_path):
     lines = {line.task: line for line in found}
     supported, contradicted, floor = lines["chain_sum"], lines["squad"], lines["gsm8k"]
     assert supported.is_firm
-    assert supported.kept.low > supported.zone[0] == 0.9
-    assert contradicted.kept.high < 0.9
-    assert floor.kept is None
+    assert supported.findings.kept.low > supported.zone[0] == 0.9
+    assert contradicted.findings.kept.high < 0.9
+    assert floor.findings.kept is None
     assert shares.kept_in_words(floor) == "the comparator's gain may be 0"
 
 
@@ -30,8 +30,8 @@ def test_one_seed_has_an_interval_over_rows_and_no_planned_look(tmp_path):
         scored_run(tmp_path / "runs", [1.0] * right + [0.0] * (50 - right), [1.0] * 10 + [0.0] * 40, name=name)
     ((_, (line,)),) = shares.forest(report_of_claim(tmp_path).answers)
     assert not line.is_firm
-    assert line.kept.value == pytest.approx((24 - 10) / (30 - 10))
-    assert line.kept.low < line.kept.value < line.kept.high
+    assert line.findings.kept.value == pytest.approx((24 - 10) / (30 - 10))
+    assert line.findings.kept.low < line.findings.kept.value < line.findings.kept.high
     assert shares.kept_in_words(line).endswith(", 1 seed")
 
 
@@ -72,7 +72,7 @@ def test_the_share_is_that_of_the_gains_and_its_interval_takes_in_how_well_the_g
         if arm.group is panel.reference:
             assert (arm.share.low, arm.share.high) == (1, 1)
         else:
-            sides = paired_scores(arm.group, panel.reference, row.measure, Scorebook())
+            sides = compare(arm.group, panel.reference, row.measure, Scorebook()).sides
             exact, width = rules.retained_at_least(sides, 0.05), arm.share.high - arm.share.low
             assert arm.share.low == pytest.approx(exact, abs=0.05 * width)
 

@@ -21,12 +21,12 @@ from scipy import stats
 
 from tiedlora import tying
 from tiedlora.analysis import intervals
-from tiedlora.analysis.answers import error_note, mark_survivors
+from tiedlora.analysis.answers import error_note, with_survivors
 from tiedlora.analysis.claims import sizes
-from tiedlora.analysis.compare import worth_of
 from tiedlora.analysis.groups import curve, group_runs, point
 from tiedlora.analysis.intervals import Clusters, mean_squares
 from tiedlora.analysis.runs import read_runs
+from tiedlora.analysis.worth import worth_of
 from tiedlora.errors import UserError
 from tiedlora.page import charts, figures, readme, tables, write
 
@@ -57,7 +57,7 @@ class TestSensitivity:
     def test_a_verdict_stands_where_the_weakest_arm_does_not_pass(self, tmp_path, weakest, sensitivity):
         world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.75, "TA": weakest}, **SURE)
         (answer,) = trial(tmp_path).answers
-        assert (answer.verdict, answer.sensitivity) == ("supported", sensitivity)
+        assert (answer.verdict, answer.findings.sensitivity) == ("supported", sensitivity)
 
     @pytest.mark.parametrize(
         ("method", "weakest", "look", "sensitivity"),
@@ -74,13 +74,14 @@ class TestSensitivity:
                 scored_run(tmp_path / "runs", [value] * 60, [0.0] * 60, name=name, seed=seed)
         top = "looks: [3, 5]\nweakest: {configuration: TA, rank: 8}"
         (answer,) = report_of_claim(tmp_path, "better_by: 0.0", top=top).answers
-        assert (answer.verdict, answer.look, answer.sensitivity) == ("supported", look, sensitivity)
+        found = answer.findings
+        assert (answer.verdict, found.look.number, found.sensitivity) == ("supported", look, sensitivity)
         assert f"the weakest arm at look {look + 1}" in answer.reason
 
     def test_a_claim_may_name_a_weakest_arm_of_its_own(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.75, "TA": 0.74, "TB": 0.2}, **SURE)
         (answer,) = trial(tmp_path, rule="retains: 0.9\n    weakest: {configuration: TB, rank: 8}").answers
-        assert (answer.verdict, answer.sensitivity) == ("supported", "shown")
+        assert (answer.verdict, answer.findings.sensitivity) == ("supported", "shown")
 
     def test_arms_that_were_trained_from_a_reward_are_arms_of_the_same_setting(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.2, "TA": 0.1}, **SURE)
@@ -100,14 +101,14 @@ class TestSensitivity:
     def test_a_weakest_arm_that_was_not_run_shows_nothing(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.75}, **SURE)
         (answer,) = trial(tmp_path).answers
-        assert (answer.verdict, answer.sensitivity) == ("supported", "not shown")
+        assert (answer.verdict, answer.findings.sensitivity) == ("supported", "not shown")
         assert "no finished run of TA r=8" in answer.reason
 
     def test_an_arm_is_not_asked_about_itself(self, tmp_path):
         """TA keeps 90 % of its own gain, and that shows nothing."""
         world(tmp_path / "runs", {"TABuv": 0.75, "TA": 0.7}, **SURE)
         (answer,) = trial(tmp_path, comparator="configuration: TA, rank: 8").answers
-        assert (answer.verdict, answer.sensitivity) == ("supported", "not shown")
+        assert (answer.verdict, answer.findings.sensitivity) == ("supported", "not shown")
         assert "TA r=8 is a side of the comparison itself" in answer.reason
 
     def test_without_a_base_beside_the_weakest_arm_it_is_not_shown(self, tmp_path):
@@ -148,8 +149,9 @@ class TestFloor:
         (from_floor,) = trial(tmp_path, "retains: 0.82", extra=self.FLOOR).answers
         assert from_base.verdict == "supported"
         assert from_floor.verdict == "contradicted"
-        assert from_floor.kept.value == pytest.approx(from_floor.retained.value) == pytest.approx(0.65, abs=0.05)
-        assert from_floor.comparator_gain == pytest.approx(0.2, abs=0.02)
+        found = from_floor.findings
+        assert found.kept.value == pytest.approx(found.retained.value) == pytest.approx(0.65, abs=0.05)
+        assert found.share.gain == pytest.approx(0.2, abs=0.02)
         assert "(over LoRA (shuffled targets) r=8)" in from_floor.reason
 
     @pytest.mark.parametrize(("floors", "needs"), [(2, "2"), (1, "1, 2")])
@@ -160,9 +162,9 @@ class TestFloor:
         world(tmp_path / "runs", {"LoRA": 0.2}, changes=SHUFFLED, **{**SURE, "seeds": floors})
         (answer,) = trial(tmp_path, extra=self.FLOOR).answers
         assert answer.decide == f"the look at 3 seeds: needs seeds {needs} of LoRA (shuffled targets) r=8"
-        assert (answer.seeds, answer.difference_seeds) == (floors, 4)
-        assert answer.difference.value == pytest.approx(-0.475, abs=0.03), "all four seeds of both sides"
-        assert answer.kept.value == pytest.approx(0.4, abs=0.1), "only the seeds of the floor"
+        assert (answer.findings.seeds, answer.findings.difference_seeds) == (floors, 4)
+        assert answer.findings.difference.value == pytest.approx(-0.475, abs=0.03), "all four seeds of both sides"
+        assert answer.findings.kept.value == pytest.approx(0.4, abs=0.1), "only the seeds of the floor"
 
     def test_without_the_floors_runs_there_is_no_verdict(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.72}, **SURE)
@@ -200,7 +202,7 @@ class TestCurve:
         (answer,) = trial(root, "better_by: 0.0", "frontier: LoRA").answers
         assert answer.verdict == "supported"
         # LoRA of 41,328 parameters scores 0.157 * 0.4 + 0.843 * 0.6.
-        assert answer.difference.value == pytest.approx(0.72 - 0.569, abs=0.02)
+        assert answer.findings.difference.value == pytest.approx(0.72 - 0.569, abs=0.02)
         assert "LoRA at 41,328 parameters (between LoRA_l15 r=1 and LoRA r=1)" in answer.reason
 
     def test_the_figure_of_shares_takes_a_curve_before_other_comparators(self, root):
@@ -379,8 +381,8 @@ class TestClusters:
             world(root / "runs", {"LoRA": 0.5, "TABuv": 0.6}, seeds=3)
             (root / "clusters.json").write_text(json.dumps(clusters))
             found += trial(root, "better_by: 0.0").answers
-        assert found[0].contrast != found[1].contrast
-        assert found[0].retains_at_least != found[1].retains_at_least
+        assert found[0].findings.contrast != found[1].findings.contrast
+        assert found[0].findings.retains_at_least != found[1].findings.retains_at_least
         assert "200 rows in 10 clusters" in found[1].reason
 
     def test_a_runs_own_interval_is_over_clusters(self):
@@ -409,7 +411,9 @@ def test_two_claims_about_one_difference_are_one_test_and_holm_is_over_all(tmp_p
     report = write.build([tmp_path / "runs"], claims=tmp_path / "claims.yaml")
     assert [answer.survives_holm for answer in report.answers] == [True, True, False]
     assert "from 2 different tests that" in error_note(report.answers)
+    unclear = []
     for answer in report.answers:
-        answer.decided_level = 0.03
-    mark_survivors(report.answers)
-    assert not any(answer.survives_holm for answer in report.answers), "0.03 is not below 0.05 / 2"
+        look = dataclasses.replace(answer.findings.look, supported_level=0.03)
+        findings = dataclasses.replace(answer.findings, looks=(look,))
+        unclear.append(dataclasses.replace(answer, findings=findings))
+    assert not any(answer.survives_holm for answer in with_survivors(unclear)), "0.03 is not below 0.05 / 2"

@@ -9,8 +9,8 @@ import json
 from helpers.hostile import HOSTILE
 from helpers.report_runs import add_scores, make_record, prediction_rows, scored_run, write_lines, write_run
 
-from tiedlora.analysis.compare import result_rows
 from tiedlora.analysis.groups import group_runs
+from tiedlora.analysis.results import result_rows
 from tiedlora.analysis.runs import Scorebook, read_runs
 from tiedlora.page import browser
 from tiedlora.text import visible_lines

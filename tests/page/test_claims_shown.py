@@ -48,7 +48,7 @@ def test_cells_have_verdicts_and_differences_and_lead_to_reasons_and_the_forest_
     assert cells["chain_sum"][0] == "supported"
     answer = next(answer for answer in report.answers if answer.task == "squad" and answer.pair)
     verdict, effect, ends = cells["squad"]
-    assert (verdict, effect) == ("contradicted", f"−{abs(100 * answer.difference.value):.1f} points")
+    assert (verdict, effect) == ("contradicted", f"−{abs(100 * answer.findings.difference.value):.1f} points")
     assert ends.startswith("[−")
     assert model.rows[0][0].verdict == "contradicted"
     assert [write.word(answer) for _, answer, _ in model.rows[1][1]] == ["not asked", "not asked", "not run"]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tiedlora.analysis.compare import Measure
+from tiedlora.analysis.results import Measure
 from tiedlora.page import tables
 from tiedlora.page.tables import Column, Table
 from tiedlora.records.interval import Interval, Unit

@@ -14,7 +14,7 @@ from helpers.report_runs import (
     write_run,
 )
 
-from tiedlora.analysis.compare import OTHER_ENDS
+from tiedlora.analysis.comparison import OTHER_ENDS
 from tiedlora.analysis.groups import group_runs
 from tiedlora.analysis.runs import read_runs
 from tiedlora.config.project import PROJECT

@@ -34,7 +34,7 @@ def test_the_tables_stand_between_the_marks_and_a_verdict_of_an_earlier_look_say
     assert "an old table" not in text
     assert "Words between the tables stay." in text
     (answer,) = report.answers
-    assert (answer.seeds, answer.difference_seeds, answer.survives_holm) == (3, 5, True)
+    assert (answer.findings.seeds, answer.findings.difference_seeds, answer.survives_holm) == (3, 5, True)
     assert "| contradicted at 3 seeds \\*: −" in text
     assert ", 5 seeds |" in text
     for row in report.rows:

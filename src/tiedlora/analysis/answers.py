@@ -10,19 +10,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from operator import attrgetter
 from typing import Literal
 
-from tiedlora.analysis import claims, compare, intervals, rules
-from tiedlora.analysis.claims import Claim, Pair
-from tiedlora.analysis.compare import Estimate
-from tiedlora.analysis.groups import RunGroup
-from tiedlora.analysis.rules import Sides
-from tiedlora.analysis.runs import Measure, Scorebook
-from tiedlora.errors import UserError
+from tiedlora.analysis import claims, intervals, rules
+from tiedlora.analysis.claims import Claim, Pair, Unpaired
+from tiedlora.analysis.comparison import OTHER_ENDS, Estimate, compare, compare_planned, other_ends
+from tiedlora.analysis.groups import RunGroup, shown_splits
+from tiedlora.analysis.rules import Rule, Sides
+from tiedlora.analysis.runs import Measure, NotComparable, Scorebook
 from tiedlora.records.interval import Interval
 from tiedlora.text import number_list
 
@@ -40,56 +40,96 @@ class Verdict(StrEnum):
 
 DECIDED = (Verdict.SUPPORTED, Verdict.CONTRADICTED)
 ALIKE = "the contrast or the gain is the same in all rows, and these are few"
+Sensitivity = Literal["", "shown", "not shown", "lacking"]
 BASE = "the base"
 """The zero point of claims without a floor."""
 
 
-@dataclass
-class Answer:
-    """The answer to a claim for one model and task."""
+@dataclass(frozen=True)
+class GainShare:
+    """What the method keeps of the comparator's gain over the zero point, on the same seeds."""
 
-    claim: Claim
-    model: str
-    task: str
-    """The task, with the variant of its setting if there are several."""
-    pair: Pair | None = None
-    """The groups that were compared; None if no run of the claim exists."""
-    verdict: Verdict = Verdict.UNDECIDED
-    is_futile: bool = False
-    """Whether no later look is likely to decide."""
-    reason: str = ""
-    measure: Measure | None = None
-    difference: Estimate | None = None
-    contrast: Interval | None = None
+    gain: float
+    """The comparator's mean gain."""
+    kept: Interval | None
+    """The share that the method keeps, with the ends at which the rule decides (Rule.kept); with one seed, the interval
+    is over rows. None if the comparator gains nothing on average, or may gain nothing at the last look."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """A planned look that was taken, and what it says by itself."""
+
+    number: int
+    """Counted from 0."""
+    seeds: int
+    """How many of its seeds all sides have."""
+    verdict: Verdict
+    reason: str
+    decide: str
+    """What would decide the claim after an uninformative last look."""
+    contrast: Interval
     """The number that the rule compares with 0, with its interval at the level of the look. More is better."""
-    sensitivity: Literal["", "shown", "not shown", "lacking"] = ""
-    """Whether the weakest arm was shown to fail, so that the trial can fail; lacking if it passes. Empty before the
-    first look, or if the claim names no weakest arm."""
+    share: GainShare | None
+    """At the level of the look; None without a zero point."""
+    retains_at_least: float | None
+    """The largest share that the rule `retains` would support at the level of the look."""
+    gain_may_be_zero: bool
+    """Whether the interval of the comparator's gain includes 0, so that a share of it means little."""
+    supported_level: float
+    """The level of the whole plan at which the claim is supported."""
+    contradicted_level: float
+    """The level of the whole plan at which the claim is contradicted."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The numbers of the sides of a claim. They stay empty if the sides cannot be compared."""
+
+    rows: int = 0
+    common_seeds: int = 0
+    """How many seeds all sides have."""
+    difference: Estimate | None = None
+    """Method minus comparator, on all seeds that both have; None if some of these cannot be compared."""
     retained: Interval | None = None
     """The share of the comparator's gain, over all common seeds."""
-    retains_at_least: float | None = None
-    """The largest share that the rule `retains` would support at the level of the look."""
-    kept: Interval | None = None
-    """The share that the method keeps, with the ends at which the rule decides (Rule.kept). Before the first look it is
-    at level 5 %, on all common seeds; with one seed, the interval is over rows. None without a zero point or a gain of
-    the comparator."""
-    comparator_gain: float | None = None
-    """The comparator's mean gain over the zero point, on the seeds of `kept`; None without a zero point."""
-    gain_may_be_zero: bool = False
-    """Whether the interval of the comparator's gain includes 0, so that a share of it means little."""
-    contradicted_level: float = 1.0
-    """The level of the whole plan at which the claim is contradicted, for Holm's procedure over tasks."""
-    decided_level: float = 1.0
-    """The level of the whole plan at which the claim is supported or contradicted, for Holm's procedure over all."""
-    survives_holm: bool = False
-    """Whether the verdict holds by Holm's procedure over all tests of the report (see `mark_survivors`)."""
-    look: int | None = None
-    """The look that the answer rests on, counted from 0."""
-    seeds: int = 0
-    """The number of seeds of the look, or of all common seeds before the first one."""
-    rows: int = 0
-    decide: str = ""
-    """What would decide the claim, in planned looks."""
+    early_share: GainShare | None = None
+    """At level 5 %, on all common seeds; None without a zero point."""
+    looks: tuple[Look, ...] = ()
+    """The looks that were taken, up to the first one that decides."""
+    sensitivity: Sensitivity = ""
+    """Whether the weakest arm was shown to fail, so that the trial can fail; lacking if it passes. Empty before the
+    first look, or if the claim names no weakest arm."""
+
+    @property
+    def look(self) -> Look | None:
+        """The look that the answer rests on."""
+        return self.looks[-1] if self.looks else None
+
+    @property
+    def seeds(self) -> int:
+        """The number of seeds of the look, or of all common seeds before the first one."""
+        return self.look.seeds if self.look is not None else self.common_seeds
+
+    @property
+    def share(self) -> GainShare | None:
+        """The share that the method keeps, at the look or before the first one."""
+        return self.look.share if self.look is not None else self.early_share
+
+    @property
+    def kept(self) -> Interval | None:
+        """The interval of `share`, if there is one."""
+        return self.share.kept if self.share is not None else None
+
+    @property
+    def contrast(self) -> Interval | None:
+        """The contrast of the look."""
+        return self.look.contrast if self.look is not None else None
+
+    @property
+    def retains_at_least(self) -> float | None:
+        """The largest share that is supported at the look."""
+        return self.look.retains_at_least if self.look is not None else None
 
     @property
     def difference_seeds(self) -> int:
@@ -102,29 +142,81 @@ class Answer:
         return self.look is not None and self.seeds != self.difference_seeds
 
     @property
+    def contradicted_level(self) -> float:
+        """The level of the whole plan at which the claim is contradicted, for Holm's procedure over tasks."""
+        return min((look.contradicted_level for look in self.looks), default=1.0)
+
+    @property
+    def decided_level(self) -> float:
+        """The level of the whole plan at which a look decides the claim, for Holm's procedure over all tests."""
+        levels = (level for look in self.looks for level in (look.supported_level, look.contradicted_level))
+        return min(levels, default=1.0)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to a claim for one model and task."""
+
+    claim: Claim
+    model: str
+    task: str
+    """The task, with the variant of its setting if there are several."""
+    pair: Pair | Unpaired | None
+    """The groups that are compared; None if no run of the claim exists."""
+    verdict: Verdict
+    reason: str
+    decide: str
+    """What would decide the claim, in planned looks."""
+    is_futile: bool = False
+    """Whether no later look is likely to decide."""
+    measure: Measure | None = None
+    """None if nothing is scored by a metric of the claim."""
+    findings: Findings = Findings()
+    survives_holm: bool = False
+    """Whether the verdict holds by Holm's procedure over all tests of the report (see `with_survivors`)."""
+
+    @property
     def zero(self) -> str:
         """What a gain is measured from."""
-        if self.pair is not None and self.pair.floor is not None:
-            return self.pair.floor.name
-        return str(self.claim.floor) if self.claim.floor and self.claim.rule.needs_zero else BASE
+        return _zero(self.claim, self.pair)
 
     @property
     def is_firm(self) -> bool:
-        """Whether a verdict can rest on `kept`. It cannot before the first look, or while the gain may be 0."""
-        return self.look is not None and not (self.gain_may_be_zero and self.claim.rule.needs_zero)
+        """Whether a verdict can rest on what is kept. It cannot before the first look, or while the gain may be 0."""
+        look = self.findings.look
+        return look is not None and not (look.gain_may_be_zero and self.claim.rule.needs_zero)
 
     @property
     def zone(self) -> tuple[float, float] | None:
-        """The shares of the comparator's gain that the rule asks for; None without `kept`."""
-        return self.claim.rule.zone(self.comparator_gain) if self.kept and self.comparator_gain else None
+        """The shares of the comparator's gain that the rule asks for; None if it is not known what is kept."""
+        share = self.findings.share
+        return self.claim.rule.zone(share.gain) if share is not None and share.kept is not None else None
+
+
+def _zero(claim: Claim, pair: Pair | Unpaired | None) -> str:
+    """What a gain is measured from."""
+    if isinstance(pair, Pair) and pair.floor is not None:
+        return pair.floor.name
+    return str(claim.floor) if claim.floor and claim.rule.needs_zero else BASE
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What the looks of a plan say together."""
+
+    looks: tuple[Look, ...]
+    verdict: Verdict
+    reason: str
+    decide: str
+    is_futile: bool = False
 
 
 def answer_claims(
     stated: Iterable[Claim], groups: Sequence[RunGroup], book: Scorebook, split: str | None = None
 ) -> list[Answer]:
     """The answers to all claims, for every setting with a run of the claim, and for tasks without such a run."""
-    splits = compare.shown_splits(groups, split)
-    answers = []
+    splits = shown_splits(groups, split)
+    answers: list[Answer] = []
     for claim in stated:
         pairs = claims.pairs(claim, groups, splits)
         answers += [_answer(claim, pair, splits[pair.anchor.model, pair.anchor.task], book) for pair in pairs]
@@ -135,59 +227,85 @@ def answer_claims(
             # nothing. If it was run on none, the claim is about all tasks of the model.
             asked = set(claim.tasks) or (run_on or {group.task for group in groups if group.model == model})
             answers += [
-                Answer(claim, model, task, verdict=Verdict.NOT_RUN, reason=reason, decide=decide)
-                for task in sorted(asked - run_on)
+                Answer(claim, model, task, None, Verdict.NOT_RUN, reason, decide) for task in sorted(asked - run_on)
             ]
-    mark_survivors(answers)
-    return answers
+    return with_survivors(answers)
 
 
-def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
-    answer = Answer(claim, pair.anchor.model, pair.anchor.task_in_words, pair, reason=pair.problem)
-    method, comparator = pair.method, pair.comparator
-    # Usually the arm is beyond the curve, where no seed helps.
-    answer.decide = "" if pair.problem and claim.comparator.frontier else next_look(claim, 0, {})
-    if method is None or comparator is None:
-        answer.verdict = Verdict.NOT_RUN if pair.lacks_method else answer.verdict
-        return answer
-    over = f" (over {pair.floor.name})" if pair.floor is not None else ""
-    sides = pair.sides
+def _answer(claim: Claim, pair: Pair | Unpaired, split: str, book: Scorebook) -> Answer:
+    """The answer in one setting."""
+    asked = partial(Answer, claim, pair.anchor.model, pair.anchor.task_in_words, pair)
+    if isinstance(pair, Unpaired):
+        # Usually the arm is beyond the curve, where no seed helps.
+        decide = "" if claim.comparator.frontier else next_look(claim, 0, {})
+        return asked(Verdict.NOT_RUN if pair.lacks_method else Verdict.UNDECIDED, pair.problem, decide)
+    measure, ended = None, {}
     try:
-        answer.measure = measure = _measure(claim, method, split)
-        ended = _ended(sides, measure)
-        answer.decide = next_look(claim, 0, ended)
-        scores = compare.paired_scores(method, comparator, measure, book, pair.floor, claim.plan.seeds)
-    except UserError as error:
-        answer.reason = f"{method.name} and {comparator.name}{over}: {error}"
-        return answer
-    answer.difference, _ = compare.difference(method, comparator, measure, book)
-    answer.retained = rules.share(scores)
-    answer.rows = scores.method.shape[1]
-    _set_share(answer, scores, rules.TOTAL)
-    _decide(answer, scores, ended)
-    notes = [f"{answer.reason}{over} ({method.name} against {comparator.name}, {split}, {measure.metric})"]
-    if scores.clusters is not None:
-        notes.append(f"{answer.rows:,} rows in {len(scores.clusters.sizes)} clusters")
-    if answer.look is not None and pair.weakest is not None:
-        notes.append(_check_sensitivity(answer, pair, pair.weakest, book))
-    if compare.other_ends([group.runs for group in sides], measure):
-        notes.append(compare.OTHER_ENDS)
+        measure = _measure(claim, pair.method, split)
+        ended = _ended(pair.sides, measure)
+        comparison = compare_planned(pair.method, pair.comparator, measure, book, pair.floor, claim.plan.seeds)
+        sides = comparison.sides
+    except NotComparable as why:
+        reason = f"{pair.method.name} and {pair.comparator.name}{_over(pair)}: {why}"
+        return asked(Verdict.UNDECIDED, reason, next_look(claim, 0, ended), measure=measure)
+    decision = _decide(claim, _zero(claim, pair), sides, ended)
+    sensitivity, words = _sensitivity(claim, pair, decision, measure, book)
+    if sensitivity == "lacking":
+        decide = "a task or a zero point at which the weakest arm fails"
+        decision = replace(decision, verdict=Verdict.CANNOT_FAIL, decide=decide)
+    findings = Findings(
+        rows=sides.method.shape[1],
+        common_seeds=len(sides.seeds),
+        difference=_difference(pair, measure, book),
+        retained=rules.share(sides),
+        early_share=_share(claim.rule, sides, rules.TOTAL),
+        looks=decision.looks,
+        sensitivity=sensitivity,
+    )
+    reason = "; ".join(_notes(claim, pair, decision, measure, sides, words))
+    return asked(decision.verdict, reason, decision.decide, decision.is_futile, measure, findings)
+
+
+def _over(pair: Pair) -> str:
+    """The floor, in a reason."""
+    return f" (over {pair.floor.name})" if pair.floor is not None else ""
+
+
+def _difference(pair: Pair, measure: Measure, book: Scorebook) -> Estimate | None:
+    """Method minus comparator. A floor does not decide which seeds count, and neither does a plan."""
+    try:
+        estimate, _ = compare(pair.method, pair.comparator, measure, book).difference()
+    except NotComparable:
+        return None
+    return estimate
+
+
+def _notes(
+    claim: Claim, pair: Pair, decision: _Decision, measure: Measure, sides: Sides, on_sensitivity: str
+) -> Iterator[str]:
+    """The reason of an answer, and what a reader must know of its sides."""
+    method, comparator, rows = pair.method, pair.comparator, sides.method.shape[1]
+    against = f"({method.name} against {comparator.name}, {measure.split}, {measure.metric})"
+    yield f"{decision.reason}{_over(pair)} {against}"
+    if sides.clusters is not None:
+        yield f"{rows:,} rows in {len(sides.clusters.sizes)} clusters"
+    if on_sensitivity:
+        yield on_sensitivity
+    if other_ends([group.runs for group in pair.sides], measure):
+        yield OTHER_ENDS
     efforts = {group.name: len(group.rates) for group in (method, *comparator.groups)}
     searched = {name: count for name, count in efforts.items() if count > 1}
     if searched and (given := [name for name in efforts if name not in searched]):
-        notes.append(f"the rate of {', '.join(given)} was given, not searched in these folders")
+        yield f"the rate of {', '.join(given)} was given, not searched in these folders"
     if len(set(searched.values())) > 1:
-        words = [f"{count} rates of {name}" for name, count in searched.items()]
-        notes.append(f"unequal search: {' against '.join(words)}")
-    for group in sides:
+        yield f"unequal search: {' against '.join(f'{count} rates of {name}' for name, count in searched.items())}"
+    for group in pair.sides:
         may_change, seeds = len(group.rates) > 1 and not group.has_recorded_rate, {trial.seed for trial in group.trials}
-        if answer.look is not None and may_change and len(seeds) > claim.plan.looks[answer.look]:
-            notes.append(
+        if decision.looks and may_change and len(seeds) > claim.plan.looks[decision.looks[-1].number]:
+            yield (
                 f"the rate of {group.name} was chosen on later seeds too, so they can change this: record the choice "
                 "at the look with scripts/sweep.py select"
             )
-    answer.reason = "; ".join(notes)
-    return answer
 
 
 def _ended(sides: Iterable[RunGroup], measure: Measure) -> dict[str, set[int]]:
@@ -195,158 +313,176 @@ def _ended(sides: Iterable[RunGroup], measure: Measure) -> dict[str, set[int]]:
     return {side.name: {run.seed for run in measure.scored(side.runs)} | side.diverged_seeds for side in sides}
 
 
-def _check_sensitivity(answer: Answer, pair: Pair, weakest: Pair, book: Scorebook) -> str:
+def _sensitivity(
+    claim: Claim, pair: Pair, decision: _Decision, measure: Measure, book: Scorebook
+) -> tuple[Sensitivity, str]:
     """Ask the claim's rule of its weakest arm, at the answer's look or the latest before it that the arm's seeds reach.
 
     Returns:
-        What it says, in words.
+        What it says, also in words.
     """
-    arm, peer, rule, plan = weakest.method, weakest.comparator, answer.claim.rule, answer.claim.plan
-    answer.sensitivity = "not shown"
-    if arm is None or peer is None or answer.measure is None:
-        return f"sensitivity not shown: {weakest.problem}"
+    weakest = pair.weakest
+    if weakest is None or not decision.looks:
+        return "", ""
+    if isinstance(weakest, Unpaired):
+        return "not shown", f"sensitivity not shown: {weakest.problem}"
+    arm, peer, rule, plan = weakest.method, weakest.comparator, claim.rule, claim.plan
     # An arm is the same with other seeds, too.
     name_of = attrgetter("setting", "label", "rank", "params")
     if any(side is not None and name_of(side) == name_of(arm) for side in (pair.method, *peer.groups, pair.floor)):
-        return f"sensitivity not shown: {arm.name} is a side of the comparison itself"
+        return "not shown", f"sensitivity not shown: {arm.name} is a side of the comparison itself"
     try:
-        scores = compare.paired_scores(arm, peer, answer.measure, book, pair.floor, plan.seeds)
-    except UserError as error:
-        return f"sensitivity not shown: {arm.name}: {error}"
-    if rule.needs_zero and scores.zero is None:
-        return f"sensitivity not shown: no base was scored beside {arm.name}"
+        sides = compare_planned(arm, peer, measure, book, pair.floor, plan.seeds).sides
+    except NotComparable as why:
+        return "not shown", f"sensitivity not shown: {arm.name}: {why}"
+    if rule.needs_zero and sides.zero is None:
+        return "not shown", f"sensitivity not shown: no base was scored beside {arm.name}"
     # Later looks of the weakest arm may not change an answer that stands.
-    taken = range((answer.look or 0) + 1)
-    ended = _ended(weakest.sides, answer.measure)
+    taken = range(decision.looks[-1].number + 1)
+    ended = _ended(weakest.sides, measure)
     reached = [number for number in taken if set(plan.of_look(number)) <= set.intersection(*ended.values())]
-    if not reached or len(scores.of(plan.of_look(reached[-1])).seeds) < 2:
-        return f"sensitivity not shown: {arm.name} does not have the seeds of a look"
+    if not reached or len(sides.of(plan.of_look(reached[-1])).seeds) < 2:
+        return "not shown", f"sensitivity not shown: {arm.name} does not have the seeds of a look"
     look, who = reached[-1], f"{arm.name}, the weakest arm at look {reached[-1] + 1}"
-    seen, level = scores.of(plan.of_look(look)), plan.levels[look]
+    seen, level = sides.of(plan.of_look(look)), plan.levels[look]
     if rule.sees_too_little(seen):
-        return f"sensitivity not shown: {arm.name}: {ALIKE}"
+        return "not shown", f"sensitivity not shown: {arm.name}: {ALIKE}"
     evidence = rule.evidence(seen)
-    if evidence.supported <= level and answer.verdict == Verdict.CONTRADICTED:
-        return f"the same is supported for {who}"
+    if evidence.supported <= level and decision.verdict == Verdict.CONTRADICTED:
+        return "not shown", f"the same is supported for {who}"
     if evidence.supported <= level:
-        answer.sensitivity, answer.verdict = "lacking", Verdict.CANNOT_FAIL
-        answer.decide = "a task or a zero point at which the weakest arm fails"
-        return f"cannot fail here: the same is supported for {who}"
+        return "lacking", f"cannot fail here: the same is supported for {who}"
     if evidence.contradicted <= level:
-        answer.sensitivity = "shown"
-        return f"sensitivity shown: the same is contradicted for {who}"
-    return f"sensitivity not shown: the same is undecided for {who}"
+        return "shown", f"sensitivity shown: the same is contradicted for {who}"
+    return "not shown", f"sensitivity not shown: the same is undecided for {who}"
 
 
 def _measure(claim: Claim, method: RunGroup, split: str) -> Measure:
-    """What the claim compares: the metric that it names for the task, or the task's first."""
+    """What the claim compares: the metric that it names for the task, or the task's first.
+
+    Raises:
+        NotComparable: no run of the method is scored by it.
+    """
     scored = [run.splits[split] for run in method.runs if split in run.splits]
     if not method.runs:
-        raise UserError(f"{method.name} has none of these seeds")
+        raise NotComparable(f"{method.name} has none of these seeds")
     if not scored:
-        raise UserError(f"not scored on {split}")
+        raise NotComparable(f"not scored on {split}")
     metric = claim.metric_on(method.task, scored[0].first_metric)
     if all(metric not in scores.metrics for scores in scored):
-        raise UserError(f"{split} has no {metric}; it has {', '.join(scored[0].metrics)}")
+        raise NotComparable(f"{split} has no {metric}; it has {', '.join(scored[0].metrics)}")
     return Measure(split, metric)
 
 
-def _decide(answer: Answer, scores: Sides, ended: Mapping[str, set[int]]) -> None:
+def _decide(claim: Claim, zero: str, sides: Sides, ended: Mapping[str, set[int]]) -> _Decision:
     """Take every look of the plan whose seeds have ended, up to the first one that decides.
 
     Args:
+        zero: what a gain is measured from, in words.
         ended: group -> its seeds that have ended.
     """
-    plan = answer.claim.plan
-    answer.seeds = len(scores.seeds)
-    if answer.claim.rule.needs_zero and scores.zero is None:
-        answer.reason = "the base model was not scored"
-        answer.decide = "the base model's scores (the run again, with score.base=true force=true)"
-        return
-    if answer.rows < 2:
-        answer.reason, answer.decide = "one row has no interval", "two or more rows"
-        return
-    needs = ""
-    for number in range(len(plan.looks)):
+    plan, rule = claim.plan, claim.rule
+    looks: list[Look] = []
+    reason, needs = "", ""
+
+    def undecided(reason: str, decide: str, is_futile: bool = False) -> _Decision:
+        return _Decision(tuple(looks), Verdict.UNDECIDED, reason, decide, is_futile)
+
+    if rule.needs_zero and sides.zero is None:
+        decide = "the base model's scores (the run again, with score.base=true force=true)"
+        return undecided("the base model was not scored", decide)
+    if sides.method.shape[1] < 2:
+        return undecided("one row has no interval", "two or more rows")
+    for number, count in enumerate(plan.looks):
         declared = plan.of_look(number)
-        if answer.claim.shared_seeds(number):
-            answer.decide = (
-                f"a larger seed_offset: with {plan.looks[number]} seeds, both sides would have the same runs"
-            )
-            return
+        if claim.shared_seeds(number):
+            decide = f"a larger seed_offset: with {count} seeds, both sides would have the same runs"
+            return undecided(reason, decide)
         if not all(set(declared) <= own for own in ended.values()):
-            _wait_for(answer, scores, number, ended)
-            return
-        seen = scores.of(declared)
+            if number == 0:
+                common = set(declared).intersection(*ended.values())
+                reason = f"before the first look: {len(common)} of {count} seeds"
+            return undecided(reason, *_wait_for(claim, sides, number, ended, looks))
+        seen = sides.of(declared)
         if len(seen.seeds) < 2:
-            answer.reason = f"seeds {number_list(declared)}: fewer than 2 of them finished on both sides"
-            continue
-        if answer.claim.rule.sees_too_little(seen):
-            answer.reason = f"seeds {number_list(declared)}: {ALIKE}"
+            reason = f"seeds {number_list(declared)}: fewer than 2 of them finished on both sides"
+        elif rule.sees_too_little(seen):
+            reason = f"seeds {number_list(declared)}: {ALIKE}"
             needs = f"{rules.FEWEST_ALIKE} or more rows, or clusters"
-            continue
-        _look(answer, seen, number)
-        needs = ""
-        if answer.verdict != Verdict.UNDECIDED:
-            return
-    answer.decide = needs or "no planned look is left; a new plan with new seeds"
-
-
-def _look(answer: Answer, seen: Sides, number: int) -> None:
-    """Take one look: set the verdict, its reason, and the numbers behind it."""
-    plan, rule, count = answer.claim.plan, answer.claim.rule, len(answer.claim.plan.looks)
-    level, evidence = plan.levels[number], rule.evidence(seen)
-    answer.look, answer.seeds, answer.decide = number, len(seen.seeds), ""
-    answer.contrast = intervals.both_interval(rule.contrast(seen), level, seen.clusters)
-    answer.retains_at_least = rules.retained_at_least(seen, level)
-    _set_share(answer, seen, level)
-    supported, contradicted = (rules.adjusted(plan, number, p) for p in (evidence.supported, evidence.contradicted))
-    answer.contradicted_level = min(answer.contradicted_level, contradicted)
-    answer.decided_level = min(answer.decided_level, supported, contradicted)
-    answer.gain_may_be_zero = evidence.gain is not None and evidence.gain > level
-    missing = len(plan.of_look(number)) - len(seen.seeds)
-    answer.reason = f"look {number + 1} of {count}: {len(seen.seeds)} seeds at level {100 * level:.2g} %"
-    answer.reason += f", {missing} diverged" if missing else ""
-    if evidence.supported <= level:
-        answer.verdict = Verdict.SUPPORTED
-    elif evidence.contradicted <= level:
-        answer.verdict = Verdict.CONTRADICTED
-    elif answer.gain_may_be_zero and rule.needs_zero:
-        answer.reason += f": the comparator's own gain over {answer.zero} may be 0"
-        if number == count - 1:
-            answer.verdict, answer.kept = Verdict.UNINFORMATIVE, None
-            answer.decide = f"a task, model or training on which the comparator beats {answer.zero}"
-
-
-def _set_share(answer: Answer, seen: Sides, level: float) -> None:
-    """Set the comparator's gain and the share of it that the method keeps, from these seeds at this level."""
-    if seen.gain is None:
-        return
-    gain = answer.comparator_gain = float(seen.gain.mean())
-    if min(seen.method.shape) > 1:
-        answer.kept = answer.claim.rule.kept(seen, level)
-    elif gain > 0:
-        # One seed has no interval over seeds, but one over rows. One row has none.
-        found = Interval(float((seen.method - seen.comparator).mean()), math.nan, math.nan)
-        if seen.method.shape[1] > 1:
-            found = intervals.over_examples(seen.method, seen.comparator, seen.clusters)
-        answer.kept = Interval(1 + found.value / gain, 1 + found.low / gain, 1 + found.high / gain)
-
-
-def _wait_for(answer: Answer, scores: Sides, number: int, ended: Mapping[str, set[int]]) -> None:
-    """Say what the next look needs, and how likely a later look decides, from the seeds of the last one."""
-    plan, look = answer.claim.plan, answer.look
-    answer.decide = next_look(answer.claim, number, ended)
-    if number == 0:
-        common = set(plan.of_look(0)).intersection(*ended.values())
-        answer.reason = f"before the first look: {len(common)} of {plan.looks[0]} seeds"
-    elif look is not None and len((seen := scores.of(plan.of_look(look))).seeds) == plan.looks[look]:
-        chance = rules.chance_of_decision(answer.claim.rule, seen, plan, look)
-        answer.is_futile = chance < rules.FUTILE
-        if answer.is_futile:
-            answer.decide = f"no planned look is likely to change it (chance {100 * chance:.0f} %)"
         else:
-            answer.decide += f"; a later look decides with a chance of {100 * chance:.0f} %"
+            looks.append(_look(claim, zero, seen, number))
+            reason, needs = looks[-1].reason, ""
+            if looks[-1].verdict != Verdict.UNDECIDED:
+                return _Decision(tuple(looks), looks[-1].verdict, reason, looks[-1].decide)
+    return undecided(reason, needs or "no planned look is left; a new plan with new seeds")
+
+
+def _look(claim: Claim, zero: str, seen: Sides, number: int) -> Look:
+    """Take one look, with the scores of its seeds."""
+    plan, rule, count = claim.plan, claim.rule, len(claim.plan.looks)
+    level, evidence = plan.levels[number], rule.evidence(seen)
+    gain_may_be_zero = evidence.gain is not None and evidence.gain > level
+    missing = len(plan.of_look(number)) - len(seen.seeds)
+    verdict, decide, share = Verdict.UNDECIDED, "", _share(rule, seen, level)
+    reason = f"look {number + 1} of {count}: {len(seen.seeds)} seeds at level {100 * level:.2g} %"
+    reason += f", {missing} diverged" if missing else ""
+    if evidence.supported <= level:
+        verdict = Verdict.SUPPORTED
+    elif evidence.contradicted <= level:
+        verdict = Verdict.CONTRADICTED
+    elif gain_may_be_zero and rule.needs_zero:
+        reason += f": the comparator's own gain over {zero} may be 0"
+        if number == count - 1:
+            verdict, share = Verdict.UNINFORMATIVE, share and replace(share, kept=None)
+            decide = f"a task, model or training on which the comparator beats {zero}"
+    return Look(
+        number=number,
+        seeds=len(seen.seeds),
+        verdict=verdict,
+        reason=reason,
+        decide=decide,
+        contrast=intervals.both_interval(rule.contrast(seen), level, seen.clusters),
+        share=share,
+        retains_at_least=rules.retained_at_least(seen, level),
+        gain_may_be_zero=gain_may_be_zero,
+        supported_level=rules.adjusted(plan, number, evidence.supported),
+        contradicted_level=rules.adjusted(plan, number, evidence.contradicted),
+    )
+
+
+def _share(rule: Rule, seen: Sides, level: float) -> GainShare | None:
+    """The comparator's gain and the share of it that the method keeps, from these seeds at this level."""
+    if seen.gain is None:
+        return None
+    gain = float(seen.gain.mean())
+    if min(seen.method.shape) > 1:
+        return GainShare(gain, rule.kept(seen, level))
+    if gain <= 0:
+        return GainShare(gain, None)
+    # One seed has no interval over seeds, but one over rows. One row has none.
+    found = Interval(float((seen.method - seen.comparator).mean()), math.nan, math.nan)
+    if seen.method.shape[1] > 1:
+        found = intervals.over_examples(seen.method, seen.comparator, seen.clusters)
+    return GainShare(gain, Interval(1 + found.value / gain, 1 + found.low / gain, 1 + found.high / gain))
+
+
+def _wait_for(
+    claim: Claim, sides: Sides, number: int, ended: Mapping[str, set[int]], looks: Sequence[Look]
+) -> tuple[str, bool]:
+    """What the look with this number still needs, and how likely it or a later one decides, by the last one's seeds.
+
+    Returns:
+        What would decide the claim, and whether the plan is futile.
+    """
+    plan, decide = claim.plan, next_look(claim, number, ended)
+    # A prediction is from all seeds of a look, so none may have diverged.
+    if not looks or looks[-1].seeds < plan.looks[looks[-1].number]:
+        return decide, False
+    last = looks[-1].number
+    chance = rules.chance_of_decision(claim.rule, sides.of(plan.of_look(last)), plan, last)
+    if chance < rules.FUTILE:
+        return f"no planned look is likely to change it (chance {100 * chance:.0f} %)", True
+    return f"{decide}; a later look decides with a chance of {100 * chance:.0f} %", False
 
 
 def next_look(claim: Claim, number: int, ended: Mapping[str, set[int]]) -> str:
@@ -395,7 +531,7 @@ def claim_verdicts(answers: Sequence[Answer]) -> list[ClaimVerdict]:
 def _over_tasks(answers: Sequence[Answer]) -> ClaimVerdict:
     silent = (Verdict.UNINFORMATIVE, Verdict.CANNOT_FAIL, Verdict.NOT_RUN)
     informative = [answer for answer in answers if answer.verdict not in silent]
-    rejected = rules.holm([answer.contradicted_level for answer in answers])
+    rejected = rules.holm([answer.findings.contradicted_level for answer in answers])
     contradicting = list(itertools.compress(answers, rejected))
     supporting = [answer for answer in informative if answer.verdict == Verdict.SUPPORTED]
     counts = f"{len(supporting)} of {len(informative)} informative tasks support it"
@@ -420,7 +556,7 @@ def _over_tasks(answers: Sequence[Answer]) -> ClaimVerdict:
 def test_of(answer: Answer) -> tuple[object, ...]:
     """Which test an answer gives: two sides by one measure, with the rule and the zero point."""
     rule, pair, measure = answer.claim.rule.words, answer.pair, answer.measure
-    if pair is None or pair.method is None or pair.comparator is None or measure is None:
+    if not isinstance(pair, Pair) or measure is None:
         return answer.model, answer.task, answer.claim.name, rule, answer.zero
     comparator = tuple((weight, group.name) for weight, group in pair.comparator.parts)
     return pair.anchor.setting, pair.method.name, comparator, measure, rule, answer.zero
@@ -430,17 +566,17 @@ def _tested(answers: Iterable[Answer]) -> list[list[Answer]]:
     """The answers that rest on a look, by the test that they give."""
     tests: dict[tuple[object, ...], list[Answer]] = defaultdict(list)
     for answer in answers:
-        if answer.look is not None:
+        if answer.findings.looks:
             tests[test_of(answer)].append(answer)
     return list(tests.values())
 
 
-def mark_survivors(answers: Sequence[Answer]) -> None:
-    """Mark the verdicts that hold by Holm's procedure over all tests: one of them is wrong in at most 5 %."""
+def with_survivors(answers: Sequence[Answer]) -> list[Answer]:
+    """The answers, with which verdicts hold by Holm's procedure over all tests: one of them is wrong in at most 5 %."""
     tests = _tested(answers)
-    for own, rejected in zip(tests, rules.holm([own[0].decided_level for own in tests]), strict=True):
-        for answer in own:
-            answer.survives_holm = rejected and answer.verdict in DECIDED
+    rejected = rules.holm([own[0].findings.decided_level for own in tests])
+    holding = {id(answer) for own in itertools.compress(tests, rejected) for answer in own}
+    return [replace(answer, survives_holm=id(answer) in holding and answer.verdict in DECIDED) for answer in answers]
 
 
 def error_note(answers: Sequence[Answer]) -> str:

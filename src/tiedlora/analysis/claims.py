@@ -14,6 +14,7 @@ from tiedlora import storage, tying
 from tiedlora.analysis import rules
 from tiedlora.analysis.groups import Blend, Peer, RunGroup, curve, point
 from tiedlora.analysis.rules import Plan, Rule
+from tiedlora.analysis.runs import NotComparable
 from tiedlora.config import compose
 from tiedlora.config.explain import options
 from tiedlora.config.sizes import is_near
@@ -22,7 +23,7 @@ from tiedlora.errors import UserError
 from tiedlora.keys import LARGEST_COUNT, from_person
 from tiedlora.reading import Flag, StoredNumber, StoredText, StoredWhole
 from tiedlora.records.loss_metrics import DRIFT, LOSS_METRICS
-from tiedlora.tasks import load_task
+from tiedlora.tasks import NoSuchTask, load_task
 from tiedlora.text import nearest, number_list
 from tiedlora.tying import RENAMED, is_named
 
@@ -284,11 +285,23 @@ def _own_metrics(task: str) -> tuple[str, ...]:
     """The metrics of a task of conf/; empty for any other task, or if a program registers its kind."""
     try:
         return (*load_task(compose.task_option(task)).metrics, *LOSS_METRICS, DRIFT) if task in options("task") else ()
-    except UserError:
+    except NoSuchTask:
         return ()
 
 
 # Which groups a claim compares.
+
+
+@dataclass(frozen=True)
+class Unpaired:
+    """A setting in which a side of a claim is missing."""
+
+    anchor: RunGroup
+    """As Pair.anchor."""
+    problem: str
+    """Why a side is missing."""
+    lacks_method: bool = False
+    """Whether no run of the method is in this setting."""
 
 
 @dataclass(frozen=True)
@@ -297,29 +310,22 @@ class Pair:
 
     anchor: RunGroup
     """The group of the side that has a rank of its own. The other side is matched to it."""
-    method: RunGroup | None = None
-    comparator: Peer | None = None
-    """Both are None if a side is missing."""
-    problem: str = ""
-    """Why a side is missing."""
-    floor: RunGroup | None = None
+    method: RunGroup
+    comparator: Peer
+    floor: RunGroup | None
     """The zero point, if the claim names one and its rule needs one."""
-    weakest: Pair | None = None
+    weakest: Pair | Unpaired | None = None
     """The arm that must not pass, if the claim names one, with the comparator, or its curve at the arm's own size."""
     arms: tuple[tuple[RunGroup, int], ...] = ()
-    """Every group that a look needs, with the offset of its seeds, and with the runs of all seeds. Empty if a side is
-    missing."""
-    lacks_method: bool = False
-    """Whether no run of the method is in this setting."""
+    """Every group that a look needs, with the offset of its seeds, and with the runs of all seeds."""
 
     @property
     def sides(self) -> list[RunGroup]:
-        """The groups whose scores a rule takes: both sides and the floor. Those that are missing are left out."""
-        peers = self.comparator.groups if self.comparator is not None else []
-        return [group for group in (self.method, *peers, self.floor) if group is not None]
+        """The groups whose scores a rule takes: both sides, and the floor if there is one."""
+        return [self.method, *self.comparator.groups, *([self.floor] if self.floor is not None else [])]
 
 
-def pairs(claim: Claim, groups: Sequence[RunGroup], splits: Mapping[tuple[str, str], str]) -> list[Pair]:
+def pairs(claim: Claim, groups: Sequence[RunGroup], splits: Mapping[tuple[str, str], str]) -> list[Pair | Unpaired]:
     """A pair for every setting with a group of the claim's anchor, on the claim's tasks.
 
     Args:
@@ -329,19 +335,19 @@ def pairs(claim: Claim, groups: Sequence[RunGroup], splits: Mapping[tuple[str, s
     for group in groups:
         if claim.covers(group.task) and claim.anchor.means(group.arm) and group.rank == claim.anchor.rank:
             anchors.setdefault(group.setting, []).append(group)
-    found = []
+    found: list[Pair | Unpaired] = []
     for alike in anchors.values():
         try:
             found.append(_pair(claim, _only_one(alike), groups, splits))
-        except UserError as error:
+        except NotComparable as why:
             setting = alike[0].setting
             is_there = any(group.setting == setting and claim.method.means(group.arm) for group in groups)
-            found.append(Pair(alike[0], problem=str(error), lacks_method=not is_there))
+            found.append(Unpaired(alike[0], str(why), lacks_method=not is_there))
     return found
 
 
 def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup], splits: Mapping[tuple[str, str], str]) -> Pair:
-    """The pair of an anchor. UserError: a side is missing, or several groups fit."""
+    """The pair of an anchor. NotComparable: a side is missing, or several groups fit."""
     split = splits[anchor.model, anchor.task]
     matched = claim.method if claim.method.rank is None else claim.comparator
     partner: Peer
@@ -356,35 +362,37 @@ def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup], splits: Ma
     assert not isinstance(method, Blend), "only a comparator is on a curve"
     if floor is not None and floor in (method, comparator):
         # Of a side at equal parameters, or one in another spelling, only the runs say which arm it is.
-        raise UserError(f"the floor is {floor.name}, a side of the comparison itself; choose another")
+        raise NotComparable(f"the floor is {floor.name}, a side of the comparison itself; choose another")
     arms = [(method, claim.method.seed_offset)]
     arms += [(group, claim.comparator.seed_offset) for group in comparator.groups]
     arms += [(floor, 0)] if floor is not None else []
-    weakest = None
+    weakest: Pair | Unpaired | None = None
     if claim.weakest is not None:
         try:
             arm, curve_of = _partner(claim.weakest, anchor, groups), claim.comparator.frontier
             # It says whether the trial can fail, so it has the seeds of every look too.
             arms.append((arm, 0))
             peer = _on_curve(curve_of, claim, arm, groups, split) if curve_of else comparator
-            weakest = Pair(anchor, arm, peer, floor=floor)
-        except UserError as error:
-            weakest = Pair(anchor, problem=str(error))
+            weakest = Pair(anchor, arm, peer, floor)
+        except NotComparable as why:
+            weakest = Unpaired(anchor, str(why))
     if not isinstance(comparator, Blend):
         comparator = _shifted(comparator, claim.comparator)
-    return Pair(anchor, _shifted(method, claim.method), comparator, "", floor, weakest, tuple(arms))
+    return Pair(anchor, _shifted(method, claim.method), comparator, floor, weakest, tuple(arms))
 
 
 def _on_curve(configuration: str, claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup], split: str) -> Blend:
     """The curve of a configuration at the anchor's number of parameters."""
     found = sizes(claim, configuration, anchor, groups, split)
     if anchor in found:
-        raise UserError(f"{anchor.name} is on the curve of {configuration} itself")
+        raise NotComparable(f"{anchor.name} is on the curve of {configuration} itself")
     if (blend := point(configuration, found, anchor.params)) is None:
         measured = ", ".join(f"{group.params:,}" for group in found) or "none"
         late = [group.name for group in curve(configuration, anchor.setting, groups) if group not in found]
         measured += f" ({', '.join(late)}: without the first look's seeds)" if late else ""
-        raise UserError(f"{anchor.params:,} parameters are outside the measured sizes of {configuration}: {measured}")
+        raise NotComparable(
+            f"{anchor.params:,} parameters are outside the measured sizes of {configuration}: {measured}"
+        )
     return blend
 
 
@@ -416,7 +424,7 @@ def _shifted(group: RunGroup, side: Side) -> RunGroup:
 
 
 def _partner(side: Side, anchor: RunGroup, groups: Sequence[RunGroup], what: str = "") -> RunGroup:
-    """The group of the side in the anchor's setting. Its UserErrors begin with `what`."""
+    """The group of the side in the anchor's setting. The reason why there is none begins with `what`."""
     found = [group for group in groups if group.setting == anchor.setting and side.means(group.arm)]
     name = side.label
     if side.rank is not None or side.at == EQUAL_RANK:
@@ -424,11 +432,11 @@ def _partner(side: Side, anchor: RunGroup, groups: Sequence[RunGroup], what: str
         name = f"{name} r={rank}"
         found = [group for group in found if group.rank == rank]
     if not found:
-        raise UserError(f"{what}no finished run of {name} in the same setting")
+        raise NotComparable(f"{what}no finished run of {name} in the same setting")
     if side.at == EQUAL_PARAMETERS:
         closest = min(found, key=lambda group: abs(math.log(group.params / anchor.params)))
         if not is_near(closest.params, anchor.params):
-            raise UserError(
+            raise NotComparable(
                 f"no {side.label} of about {anchor.params:,} parameters was run (nearest: r={closest.rank} with "
                 f"{closest.params:,}); train one with budget={anchor.params}"
             )
@@ -444,4 +452,6 @@ def _only_one(groups: Sequence[RunGroup], what: str = "") -> RunGroup:
         if len(some) == 1:
             return some[0]
     names = ", ".join(group.name for group in groups)
-    raise UserError(f"{what}several groups fit, and no single one is plain: {names}; report a folder with one of them")
+    raise NotComparable(
+        f"{what}several groups fit, and no single one is plain: {names}; report a folder with one of them"
+    )

@@ -309,6 +309,13 @@ def _mark_arm(group: RunGroup) -> None:
     group.marks += found.values()
 
 
+def shown_splits(groups: Sequence[RunGroup], split: str | None) -> dict[tuple[str, str], str]:
+    """(model, task) -> the split that the report shows: this one or, without it, test if any chosen run has it."""
+    has_test = {(group.model, group.task) for group in groups for run in group.runs if "test" in run.splits}
+    places = {(group.model, group.task) for group in groups}
+    return {place: split or ("test" if place in has_test else "validation") for place in places}
+
+
 def short_commits(run: Run) -> list[str]:
     """The first characters of the run's commit, or of its commits if it was continued with other code."""
     return list(dict.fromkeys(str(code.commit)[:8] for code in run.record.code_versions))

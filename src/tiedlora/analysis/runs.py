@@ -29,7 +29,7 @@ from tiedlora.records.rows import PredictionRow, read_metrics, read_predictions
 from tiedlora.records.run_folder import DIVERGED, RunFolder, RunName, last_line
 from tiedlora.records.run_record import RunRecord, SplitScores, read_record
 from tiedlora.records.selection import LOSS, SELECTION_FILE, Selection, read_selection
-from tiedlora.tasks import load_task
+from tiedlora.tasks import NoSuchTask, load_task
 
 PART_OF_A_RUN = (
     "result.json",
@@ -47,6 +47,13 @@ TOLERANCE = 1e-6
 """The allowed difference, by rounding, of a recorded metric from the mean over its examples."""
 LONGEST_REASON = 200
 """Most characters of a failed run's error that are shown."""
+
+
+class NotComparable(Exception):
+    """Why runs cannot be compared: a side, a seed in common or a score of a row is missing, or the rows differ.
+
+    It is a finding, which a report shows in the place of a number. Mistakes of a user are UserErrors.
+    """
 
 
 @dataclass(frozen=True)
@@ -318,27 +325,27 @@ class Scorebook:
         """(ids, one number per example) whose mean is the metric.
 
         Raises:
-            UserError: predictions are missing or damaged, or disagree with result.json.
+            NotComparable: predictions are missing or damaged, or disagree with result.json.
         """
         split, metric, where = measure.split, measure.metric, f"{run.run_id}: predictions/{measure.split}"
         read = self.read(run, split, base)
         recorded = (run.splits[split].base or {}) if base else run.splits[split].metrics
         if metric not in read.of_metric or metric not in recorded:
-            raise UserError(read.unreadable.get(metric, f"{where} has no per-example {metric}"))
+            raise NotComparable(read.unreadable.get(metric, f"{where} has no per-example {metric}"))
         # Also where the mean is no number, as that of damaged statistics may be.
         if not math.isclose(read.of_metric[metric].mean(), recorded[metric].value, rel_tol=0, abs_tol=TOLERANCE):
-            raise UserError(f"{where} disagrees with result.json on {metric}; scripts/verify.py says where")
+            raise NotComparable(f"{where} disagrees with result.json on {metric}; scripts/verify.py says where")
         return read.ids, read.of_metric[metric]
 
     def base_scores(self, run: Run, measure: Measure) -> Array:
         """(examples,): the base model's scores of the run's examples.
 
         Raises:
-            UserError: as `scores`, or the base model was scored on other examples.
+            NotComparable: as `scores`, or the base model was scored on other examples.
         """
         ids, scores = self.scores(run, measure, base=True)
         if ids != self.read(run, measure.split, False).ids:
-            raise UserError(f"{run.run_id}: its base model was scored on other rows")
+            raise NotComparable(f"{run.run_id}: its base model was scored on other rows")
         return scores
 
     def tables(self, sides: Sequence[Sequence[Run]], measure: Measure) -> tuple[list[Array], Clusters | None]:
@@ -347,11 +354,11 @@ class Scorebook:
         Earlier records do not name clusters, so the first run that does counts.
 
         Raises:
-            UserError: as `scores`, or the runs' predictions are of different examples.
+            NotComparable: as `scores`, or the runs' predictions are of different examples.
         """
         ids, _ = self.scores(sides[0][0], measure)
         if other := next((run for side in sides for run in side if self.scores(run, measure)[0] != ids), None):
-            raise UserError(f"{other.run_id}: its predictions are of other examples")
+            raise NotComparable(f"{other.run_id}: its predictions are of other examples")
         named = (self.read(run, measure.split, False).clusters for runs in sides for run in runs)
         clusters = next((clusters for clusters in named if clusters is not None), None)
         return [np.stack([self.scores(run, measure)[1] for run in runs]) for runs in sides], clusters
@@ -361,9 +368,13 @@ def _read(run: Run, split: str, base: bool) -> RowScores:
     """What a predictions file has.
 
     Raises:
-        UserError: it is missing or damaged.
+        NotComparable: it is missing or damaged.
     """
-    rows, values, unreadable = run.rows(split, base), {}, {}
+    try:
+        rows = run.rows(split, base)
+    except UserError as error:
+        raise NotComparable(str(error)) from None
+    values, unreadable = {}, {}
     for metric in run.splits[split].metrics:
         scores = [row.scores.get(metric) for row in rows]
         if None in scores:
@@ -371,8 +382,8 @@ def _read(run: Run, split: str, base: bool) -> RowScores:
         try:
             table = np.array(scores, dtype=np.float64)
             values[metric] = table if table.ndim == 1 else pseudo_values(table, _corpus_score(run, metric))
-        except UserError as error:
-            unreadable[metric] = str(error)
+        except (NotComparable, NoSuchTask) as why:
+            unreadable[metric] = str(why)
         except (KeyError, TypeError, ValueError, ArithmeticError, ImportError) as error:
             unreadable[metric] = f"{run.run_id}: scores of {metric} on {split} cannot be read ({error!r:.60})"
     listed = _listed_clusters(run.path.absolute().parent.parent / study_files.CLUSTERS).get(run.task, {})
@@ -392,12 +403,13 @@ def _corpus_score(run: Run, metric: str) -> Callable[[Array], float]:
     """The function from summed statistics to a corpus-level metric such as BLEU. The run's task defines it.
 
     Raises:
-        UserError: this version of the code has no such task, or the task has no such metric.
+        NoSuchTask: this version of the code has no such task.
+        NotComparable: its task has no such metric.
     """
     if metric == TARGET_LOSS_BY_TOKEN:
         return mean_per_token
     kind, options = run.record.identity.task.kind, run.record.identity.tree["task"].get("options", {})
     task = load_task(TaskConfig(name=run.task, kind=kind, options=options))
     if metric not in task.corpus_metrics:
-        raise UserError(f"task {run.task}: this version of the code has no corpus score for {metric}")
+        raise NotComparable(f"task {run.task}: this version of the code has no corpus score for {metric}")
     return lambda sums: float(task.corpus_score(metric, sums))

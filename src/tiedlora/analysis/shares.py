@@ -12,13 +12,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from tiedlora.analysis import claims, compare, rules
+from tiedlora.analysis import claims, rules
 from tiedlora.analysis.answers import BASE, Answer, Verdict, test_of
-from tiedlora.analysis.claims import Claim
-from tiedlora.analysis.compare import ResultRow
+from tiedlora.analysis.claims import Claim, Pair
+from tiedlora.analysis.comparison import compare
 from tiedlora.analysis.groups import Blend, RunGroup, curve
-from tiedlora.analysis.runs import Measure, Scorebook
-from tiedlora.errors import UserError
+from tiedlora.analysis.results import ResultRow
+from tiedlora.analysis.runs import Measure, NotComparable, Scorebook
 from tiedlora.records.interval import Interval
 from tiedlora.text import counted
 
@@ -88,11 +88,12 @@ def percent(share: float, decimals: int = 0) -> str:
 
 def kept_in_words(answer: Answer) -> str:
     """The share that a claim's method keeps, such as `97 % [88, 106], 5 seeds`, or why there is none."""
-    if answer.kept is not None:
-        return f"{share_in_words(answer.kept, answer.zone or ())}, {counted(answer.seeds, 'seed')}"
-    if answer.comparator_gain is not None:
-        return "no gain of the comparator" if answer.comparator_gain <= 0 else "the comparator's gain may be 0"
-    return "no scores of the base" if answer.seeds else "no comparison yet"
+    found = answer.findings
+    if found.kept is not None:
+        return f"{share_in_words(found.kept, answer.zone or ())}, {counted(found.seeds, 'seed')}"
+    if found.share is not None:
+        return "no gain of the comparator" if found.share.gain <= 0 else "the comparator's gain may be 0"
+    return "no scores of the base" if found.seeds else "no comparison yet"
 
 
 def forest(answers: Iterable[Answer]) -> list[tuple[Claim, list[Answer]]]:
@@ -149,7 +150,7 @@ def share_panels(rows: Sequence[ResultRow], answers: Sequence[Answer], book: Sco
     for (setting, measure), groups in by_panel.items():
         own = [a for a in answers if a.pair is not None and a.measure == measure and a.pair.anchor.setting == setting]
         cannot_fail = any(answer.verdict == Verdict.CANNOT_FAIL for answer in own)
-        if len(groups) < 2 or (cannot_fail and all(answer.sensitivity != "shown" for answer in own)):
+        if len(groups) < 2 or (cannot_fail and all(answer.findings.sensitivity != "shown" for answer in own)):
             continue
         if (found := _reference(own, groups)) is None:
             continue
@@ -158,10 +159,10 @@ def share_panels(rows: Sequence[ResultRow], answers: Sequence[Answer], book: Sco
         arms = []
         for group in groups:
             # A note of the results says why scores cannot be compared.
-            with suppress(UserError):
-                sides = compare.paired_scores(group, reference, measure, book, floor)
-                if (share := rules.share(sides)) is not None:
-                    arms.append(ArmShare(group, share, len(sides.seeds), group in on_curve))
+            with suppress(NotComparable):
+                comparison = compare(group, reference, measure, book, floor)
+                if (share := rules.share(comparison.sides)) is not None:
+                    arms.append(ArmShare(group, share, len(comparison.matched.seeds), group in on_curve))
         if arms:
             arms.sort(key=lambda arm: (not arm.is_on_curve, arm.group.params if arm.is_on_curve else 0))
             panels.append(SharePanel(measure, reference, floor.name if floor else BASE, arms))
@@ -175,14 +176,14 @@ def _reference(answers: Sequence[Answer], groups: Sequence[RunGroup]) -> tuple[R
     claim's rule needs no zero point, the floor is the first one of the others.
     """
     for answer in sorted(answers, key=lambda answer: not answer.claim.comparator.frontier):
-        is_gain = answer.comparator_gain is not None and answer.comparator_gain > 0
-        if answer.pair is not None and answer.measure is not None and answer.pair.arms and is_gain:
-            comparator = answer.pair.arms[1][0]
-            if isinstance(peer := answer.pair.comparator, Blend):
+        pair, measure, share = answer.pair, answer.measure, answer.findings.share
+        if isinstance(pair, Pair) and measure is not None and share is not None and share.gain > 0:
+            comparator = pair.arms[1][0]
+            if isinstance(peer := pair.comparator, Blend):
                 # None of the sizes has a score of its own if all of them have seeds with other rows too.
-                measured = claims.sizes(answer.claim, peer.configuration, comparator, groups, answer.measure.split)
+                measured = claims.sizes(answer.claim, peer.configuration, comparator, groups, measure.split)
                 comparator = (measured or peer.groups)[-1]
             of_zero = [answer] if answer.claim.rule.needs_zero else answers
-            floors = (one.pair.floor for one in of_zero if one.pair is not None and one.pair.floor is not None)
+            floors = (own.floor for one in of_zero if isinstance(own := one.pair, Pair) and own.floor is not None)
             return comparator, next(floors, None)
     return None

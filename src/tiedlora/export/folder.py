@@ -40,7 +40,7 @@ from tiedlora.records.interval import Interval, Unit
 from tiedlora.records.rows import read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import TEXTS, RunRecord
-from tiedlora.tasks import load_task
+from tiedlora.tasks import NoSuchTask, load_task
 from tiedlora.tasks.gsm8k import FLEXIBLE, STRICT, Gsm8k
 from tiedlora.text import visible
 from tiedlora.tying import scale
@@ -145,7 +145,7 @@ def _is_gsm8k(task: TaskConfig) -> bool:
     """Whether it is gsm8k, which lm-eval can score. A task that another program has registered is unknown here."""
     try:
         return isinstance(load_task(task), Gsm8k)
-    except UserError:
+    except NoSuchTask:
         return False
 
 

@@ -20,8 +20,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tiedlora.analysis.compare import BASELINE, ResultRow
 from tiedlora.analysis.groups import RunGroup
+from tiedlora.analysis.results import BASELINE, ResultRow
 from tiedlora.analysis.runs import Run
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss

@@ -21,8 +21,8 @@ from scipy.spatial.distance import cdist
 from tiedlora.analysis import shares
 from tiedlora.analysis.answers import BASE, Answer
 from tiedlora.analysis.claims import Claim
-from tiedlora.analysis.compare import ResultRow
 from tiedlora.analysis.groups import RunGroup
+from tiedlora.analysis.results import ResultRow
 from tiedlora.analysis.runs import Measure, logged_curves
 from tiedlora.analysis.shares import ShareAxis, SharePanel
 from tiedlora.page.figures import BACK, INK, LINE, SOFT, VERDICTS, ZONE, Panel, cut, order, style
@@ -44,7 +44,7 @@ def panels(rows: Sequence[ResultRow], answers: Sequence[Answer], share_panels: S
     found = []
     for model in dict.fromkeys(row.group.model for row in rows):
         forest = shares.forest(answer for answer in answers if answer.model == model and answer.pair is not None)
-        if any(answer.kept is not None for _, own in forest for answer in own):
+        if any(answer.findings.kept is not None for _, own in forest for answer in own):
             found.append(_forest(model, forest))
         for panel in (panel for panel in share_panels if panel.reference.model == model):
             draw = partial(draw_shares, panel=panel, share_panels=share_panels)
@@ -100,7 +100,7 @@ def draw_forest(
         names: the claims' names, in lines.
         height: that of all of it, in lines of tasks.
     """
-    drawn = [(line.kept, line.zone) for _, lines in forest for line in lines]
+    drawn = [(line.findings.kept, line.zone) for _, lines in forest for line in lines]
     scale = shares.axis((kept for kept, _ in drawn if kept), (zone for _, zone in drawn if zone))
     # Claims start at the left end of the figure, in inches.
     across_all = blended_transform_factory(ax.figure.dpi_scale_trans, ax.transData)
@@ -130,12 +130,12 @@ def draw_forest(
 
 
 def _forest_line(ax: Axes, line: Answer, place: float, scale: ShareAxis) -> None:
-    if line.kept is None:
+    if (share := line.findings.kept) is None:
         _text(ax, 0.02, place, shares.kept_in_words(line), SOFT)
         return
     colour, marker = VERDICTS[line.verdict]
     _text(ax, 1.04, place, minus(shares.kept_in_words(line)), colour)
-    share, plot = line.kept, partial(ax.plot, color=colour, markersize=5, clip_on=False)
+    plot = partial(ax.plot, color=colour, markersize=5, clip_on=False)
     if line.zone is not None:
         low, high = map(scale.nearest, line.zone)
         ax.fill_between([low, high], place - 0.46, place + 0.46, color=ZONE, linewidth=0, zorder=0)

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from tiedlora import storage
 from tiedlora.analysis.answers import Answer
-from tiedlora.analysis.compare import BASELINE, ResultRow
+from tiedlora.analysis.claims import Pair
 from tiedlora.analysis.groups import RunGroup
+from tiedlora.analysis.results import BASELINE, ResultRow
 from tiedlora.analysis.shares import SharePanel
 from tiedlora.config.sizes import is_near
 from tiedlora.errors import UserError
@@ -105,10 +106,10 @@ def _cell(answer: Answer | None) -> str:
     verdict, (difference, ends) = word(answer), effect(answer)
     if answer is None or not difference:
         return verdict
-    if answer.has_more_seeds:
-        verdict += f" at {answer.seeds} seeds"
+    if answer.findings.has_more_seeds:
+        verdict += f" at {answer.findings.seeds} seeds"
     verdict += " *" if answer.survives_holm else ""
-    return f"{verdict}: {difference} {ends}".rstrip() + f", {counted(answer.difference_seeds, 'seed')}"
+    return f"{verdict}: {difference} {ends}".rstrip() + f", {counted(answer.findings.difference_seeds, 'seed')}"
 
 
 def _scores(report: Report) -> Table:
@@ -125,7 +126,7 @@ def _scores(report: Report) -> Table:
         Column("rows", tables.COUNT, lambda row: row.examples),
         tables.estimate("score", lambda row: row.score),
         tables.estimate("minus base", lambda row: row.gain, "+"),
-        tables.estimate("minus LoRA at this rank", lambda row: row.difference, "+"),
+        tables.estimate("minus LoRA at this rank", lambda row: row.against.difference, "+"),
     )
     asked = {
         (answer.pair.anchor.task, answer.measure.metric) for answer in report.answers if answer.pair and answer.measure
@@ -189,7 +190,7 @@ def _against_equal_size(report: Report, name: tuple[str, str, int]) -> str | Non
     for answer in report.answers:
         pair, measure = answer.pair, answer.measure
         # Without a measure, a side may have no runs.
-        if measure is None or pair is None or pair.method is None or pair.comparator is None:
+        if measure is None or not isinstance(pair, Pair):
             continue
         is_asked = answer.claim.rule.margin is not None and (pair.anchor.setting, measure) in panels
         is_lora = all(group.name in lora for group in pair.comparator.groups)

@@ -17,8 +17,9 @@ from statistics import mean
 from typing import Any
 
 from tiedlora.analysis.answers import DECIDED, Answer, ClaimVerdict, error_note
-from tiedlora.analysis.compare import Estimate, ResultRow
+from tiedlora.analysis.comparison import Estimate
 from tiedlora.analysis.groups import RunGroup
+from tiedlora.analysis.results import ResultRow
 from tiedlora.analysis.runs import LeftOut
 from tiedlora.analysis.shares import SharePanel, at_least, share_in_words
 from tiedlora.records.interval import MISSING, Interval, Unit
@@ -74,7 +75,7 @@ PERCENT_INTERVAL = Kind(share_in_words, _percents, VALUE_LOW_HIGH)
 """A share as Interval; in per cent in CSV."""
 AT_LEAST = Kind(at_least, lambda cell: [f"{100 * cell:.2f}"])
 WORTH = Kind(str, lambda cell: [f"{size:.0f}" for size in (cell.value, cell.low, cell.high)], VALUE_LOW_HIGH)
-"""A compare.Worth. In CSV, 0 is below the curve's sizes, and inf above them."""
+"""A worth.Worth. In CSV, 0 is below the curve's sizes, and inf above them."""
 NAMED_ENDS = Kind(
     lambda cell: f"{cell[0].ends(cell[1], '+')} {cell[2]}".rstrip(),
     lambda cell: [cell[2], *numbers(cell[0], cell[1], "+")[1:]],
@@ -276,18 +277,18 @@ def results(rows: Iterable[ResultRow]) -> Table:
         estimate("score", lambda row: row.score, **VALUE),
         estimate("95 % seeds", lambda row: row.score and row.score.seeds, **ENDS),
         estimate("95 % examples", lambda row: row.score and row.score.examples, **ENDS),
-        estimate("minus LoRA", lambda row: row.difference, "+", **VALUE),
+        estimate("minus LoRA", lambda row: row.against.difference, "+", **VALUE),
         estimate(
             "95 % seeds",
-            lambda row: row.difference and row.difference.seeds,
+            lambda row: row.against.difference and row.against.difference.seeds,
             "+",
             csv_name="95 % seeds (difference)",
             **ENDS,
         ),
         Column("95 % seeds+examples", NAMED_ENDS, _both_or_examples),
         estimate("minus base", lambda row: row.gain, "+"),
-        Column("retained gain", PERCENT_INTERVAL, lambda row: row.retained),
-        Column("retains at least", AT_LEAST, lambda row: row.retains_at_least),
+        Column("retained gain", PERCENT_INTERVAL, lambda row: row.against.retained),
+        Column("retains at least", AT_LEAST, lambda row: row.against.retains_at_least),
         Column("worth in LoRA", WORTH, lambda row: row.worth),
         Column("notes", cell=lambda row: without_folders("; ".join([*row.group.marks, *row.notes])), wraps=True),
     )
@@ -295,9 +296,10 @@ def results(rows: Iterable[ResultRow]) -> Table:
 
 
 def _both_or_examples(row: ResultRow) -> tuple[Unit, Interval, str] | None:
-    if row.difference is None or (interval := row.difference.both or row.difference.examples) is None:
+    difference = row.against.difference
+    if difference is None or (interval := difference.both or difference.examples) is None:
         return None
-    return row.measure.unit, interval, "" if row.difference.both else "examples"
+    return row.measure.unit, interval, "" if difference.both else "examples"
 
 
 def cost(groups: Iterable[RunGroup]) -> Table:
@@ -346,13 +348,13 @@ def claims(answers: Sequence[Answer]) -> Table:
         Column("task", cell=lambda answer: answer.task, wraps=True),
         Column("verdict", cell=lambda item: item.verdict.value),
         Column("holds by Holm", cell=lambda a: ("yes" if a.survives_holm else "no") if a.verdict in DECIDED else None),
-        Column("sensitivity", cell=lambda answer: answer.sensitivity or None),
+        Column("sensitivity", cell=lambda answer: answer.findings.sensitivity or None),
         Column("zero", cell=lambda answer: answer.zero),
-        Column("retained gain", PERCENT_INTERVAL, lambda answer: answer.retained),
-        Column("retains at least", AT_LEAST, lambda answer: answer.retains_at_least),
-        estimate("contrast at the look's level", lambda answer: answer.contrast, "+"),
-        estimate("difference, 95 %", lambda answer: answer.difference, "+"),
-        Column("seeds", WHOLE, lambda answer: answer.seeds),
+        Column("retained gain", PERCENT_INTERVAL, lambda answer: answer.findings.retained),
+        Column("retains at least", AT_LEAST, lambda answer: answer.findings.retains_at_least),
+        estimate("contrast at the look's level", lambda answer: answer.findings.contrast, "+"),
+        estimate("difference, 95 %", lambda answer: answer.findings.difference, "+"),
+        Column("seeds", WHOLE, lambda answer: answer.findings.seeds),
         Column("because", cell=lambda answer: without_folders(answer.reason), wraps=True),
         Column("what would decide it", cell=lambda answer: answer.decide or None, wraps=True),
     )
@@ -456,14 +458,16 @@ def _task_score(row: ResultRow) -> str:
     """Such as `48.2 (n=5)* (-1.1 [-3.0, +0.8])`: score, seeds, a star for notes, difference to LoRA."""
     score, seeds, star, *_ = _task_cells(row)
     shown = f"{score}{star}" if row.score is None else f"{score} (n={seeds}){star}"
-    return shown if row.difference is None else f"{shown} ({row.measure.unit.text(row.difference.widest, '+')})"
+    difference = row.against.difference
+    return shown if difference is None else f"{shown} ({row.measure.unit.text(difference.widest, '+')})"
 
 
 def _task_cells(row: ResultRow) -> list[str]:
     unit, star = row.measure.unit, "*" if row.score is None or row.group.marks or row.notes else ""
     score = MISSING if row.score is None else unit.number(row.score.value)
-    difference = [MISSING] * 3 if row.difference is None else numbers(unit, row.difference.widest, "+")
-    return [score, str(len(row.seeds)), star, *difference]
+    difference = row.against.difference
+    ends = [MISSING] * 3 if difference is None else numbers(unit, difference.widest, "+")
+    return [score, str(len(row.seeds)), star, *ends]
 
 
 TASK_SCORE = Kind(

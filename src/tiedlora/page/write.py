@@ -22,10 +22,10 @@ from markupsafe import Markup
 from tiedlora import storage
 from tiedlora.analysis import answers as claim_answers
 from tiedlora.analysis import claims as claim_files
-from tiedlora.analysis import compare, shares
+from tiedlora.analysis import shares
 from tiedlora.analysis.answers import Answer, ClaimVerdict, Verdict, claim_verdicts, error_note
-from tiedlora.analysis.compare import ResultRow
 from tiedlora.analysis.groups import RunGroup, group_runs, short_commits
+from tiedlora.analysis.results import ResultRow, result_rows
 from tiedlora.analysis.runs import LeftOut, Run, Scorebook, names_of, read_runs, read_selections, run_roots
 from tiedlora.analysis.shares import SharePanel, share_panels
 from tiedlora.page import browser, charts, figures, tables
@@ -99,7 +99,7 @@ def build(roots: Sequence[Path], *, claims: Path | None = None, split: str | Non
     left_out = [*left_out, *damaged]
     groups = group_runs(runs, left_out, selections)
     book = Scorebook()
-    rows = compare.result_rows(groups, book, split, stated)
+    rows = result_rows(groups, book, split, stated)
     answers = claim_answers.answer_claims(stated, groups, book, split)
     return Report(runs, left_out, groups, rows, answers, claim_verdicts(answers), share_panels(rows, answers, book))
 
@@ -145,13 +145,12 @@ def _lines(report: Report, out: Path) -> list[str]:
 
 
 def _answer_lines(answer: Answer) -> list[str]:
-    difference = ""
-    if answer.difference and answer.measure:
-        seeds = counted(answer.difference_seeds, "seed")
-        difference = f" {answer.measure.unit.text(answer.difference.widest, '+')} ({seeds})"
-    share = (
-        f", retains at least {shares.at_least(answer.retains_at_least)}" if answer.retains_at_least is not None else ""
-    )
+    found, difference, share = answer.findings, "", ""
+    if found.difference and answer.measure:
+        seeds = counted(found.difference_seeds, "seed")
+        difference = f" {answer.measure.unit.text(found.difference.widest, '+')} ({seeds})"
+    if found.retains_at_least is not None:
+        share = f", retains at least {shares.at_least(found.retains_at_least)}"
     decide = f"; next: {answer.decide}" if answer.decide else ""
     where = f"{answer.model} {answer.task}".strip()
     return [
@@ -279,9 +278,9 @@ def word(answer: Answer | None) -> str:
 
 def effect(answer: Answer | None) -> tuple[str, str]:
     """The difference of method and comparator with its unit, and its 95 % interval; empty where there is none."""
-    if answer is None or answer.difference is None or answer.measure is None:
+    if answer is None or answer.findings.difference is None or answer.measure is None:
         return "", ""
-    unit, difference = answer.measure.unit, answer.difference.widest
+    unit, difference = answer.measure.unit, answer.findings.difference.widest
     words = "points" if unit is Unit.POINTS else unit.words
     ends = "" if math.isnan(difference.low) else minus(unit.ends(difference, "+"))
     return minus(f"{unit.number(difference.value, '+')} {words}"), ends
@@ -291,18 +290,19 @@ def numbers(answer: Answer) -> list[tuple[str, str]]:
     """Name and value of the numbers behind a verdict."""
     if answer.measure is None:
         return []
-    unit, least = answer.measure.unit, answer.retains_at_least
+    unit, found = answer.measure.unit, answer.findings
+    least = found.retains_at_least
 
     def text(interval: Interval | None) -> str:
         return f"{minus(unit.text(interval, '+'))} {unit.words}" if interval else ""
 
-    found = {
-        f"method minus comparator, 95 %, {counted(answer.difference_seeds, 'seed')}": text(
-            answer.difference.widest if answer.difference else None
+    shown = {
+        f"method minus comparator, 95 %, {counted(found.difference_seeds, 'seed')}": text(
+            found.difference.widest if found.difference else None
         ),
-        "contrast at the look's level": text(answer.contrast),
-        "share of the comparator's gain": minus(shares.kept_in_words(answer)) if answer.kept is not None else "",
+        "contrast at the look's level": text(found.contrast),
+        "share of the comparator's gain": minus(shares.kept_in_words(answer)) if found.kept is not None else "",
         "keeps at least": "" if least is None else shares.at_least(least),
-        "seeds and rows" if answer.look is None else "seeds of the look, and rows": f"{answer.seeds}, {answer.rows:,}",
+        "seeds of the look, and rows" if found.looks else "seeds and rows": f"{found.seeds}, {found.rows:,}",
     }
-    return [(name, value) for name, value in found.items() if value]
+    return [(name, value) for name, value in shown.items() if value]

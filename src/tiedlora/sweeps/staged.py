@@ -21,7 +21,7 @@ from pathlib import Path
 from tiedlora import storage
 from tiedlora.analysis import claims as claim_files
 from tiedlora.analysis.answers import Answer, Verdict, answer_claims
-from tiedlora.analysis.claims import Claim, Side
+from tiedlora.analysis.claims import Claim, Pair, Side
 from tiedlora.analysis.groups import group_runs
 from tiedlora.analysis.runs import LeftOut, Run, Scorebook, read_run
 from tiedlora.config.project import PROJECT
@@ -298,8 +298,8 @@ def run_deciding(sweep: Sweep, options: DecidingOptions, launch: Launch) -> None
             "task": answer.task,
             "verdict": str(answer.verdict),
             "futile": answer.is_futile,
-            "look": None if answer.look is None else answer.look + 1,
-            "seeds": answer.seeds,
+            "look": None if (look := answer.findings.look) is None else look.number + 1,
+            "seeds": answer.findings.seeds,
             "reason": answer.reason,
             "open": bool(cells),
         }
@@ -412,10 +412,10 @@ def next_looks(claims: Sequence[Claim], staged: StagedSweep) -> list[tuple[Answe
 def _next_look(answer: Answer, owners: dict[str, tuple[Search, RateChoice]]) -> list[SweepCell]:
     """The missing runs of the first incomplete look. A run is missing if it is neither scored nor diverged."""
     pair, plan = answer.pair, answer.claim.plan
-    if pair is None or answer.verdict != Verdict.UNDECIDED or answer.is_futile:
+    if not isinstance(pair, Pair) or answer.verdict != Verdict.UNDECIDED or answer.is_futile:
         return []
     for number in range(len(plan.looks)):
-        if number and not answer.rows:
+        if number and not answer.findings.rows:
             return []  # The first look has its runs and cannot be computed, so more runs would not help.
         cells = [
             search.cell(choice.lr, seed + offset)

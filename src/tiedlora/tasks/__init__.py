@@ -13,6 +13,6 @@ It may import config, errors, storage and text.
 """
 
 from tiedlora.tasks.base import Example, Score, Task, render
-from tiedlora.tasks.load import digest, load_examples, load_task, register
+from tiedlora.tasks.load import NoSuchTask, digest, load_examples, load_task, register
 
-__all__ = ["Example", "Score", "Task", "digest", "load_examples", "load_task", "register", "render"]
+__all__ = ["Example", "NoSuchTask", "Score", "Task", "digest", "load_examples", "load_task", "register", "render"]

@@ -18,6 +18,11 @@ from tiedlora.errors import UserError
 from tiedlora.tasks.base import Example, Task
 from tiedlora.tasks.rows import DataRow, NoSuchSplit, RowError, read_json_lines, rows_folder, ways_to_get
 
+
+class NoSuchTask(UserError):
+    """No file in tasks/ has the name of task.kind, and this process has registered nothing under it."""
+
+
 NO_TASKS = ("base", "load", "rows", "task_metric")
 """The files of this package that are not tasks."""
 
@@ -33,7 +38,7 @@ def load_task(config: TaskConfig) -> Task:
     """The task of `config.kind`.
 
     Raises:
-        UserError: no file in tasks/ has that name, and nothing was registered under it.
+        NoSuchTask: no file in tasks/ has that name, and nothing was registered under it.
     """
     if config.kind in _REGISTERED:
         return _REGISTERED[config.kind](config)
@@ -41,7 +46,7 @@ def load_task(config: TaskConfig) -> Task:
         module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if module.name not in NO_TASKS
     )
     if config.kind not in kinds:
-        raise UserError(f"task.kind={config.kind}: no such task; choose one of {', '.join(kinds)}")
+        raise NoSuchTask(f"task.kind={config.kind}: no such task; choose one of {', '.join(kinds)}")
     task_class: type[Task] = importlib.import_module(f"{__package__}.{config.kind}").TASK
     return task_class(config)
 

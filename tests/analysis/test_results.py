@@ -21,6 +21,7 @@ from helpers.report_runs import (
 
 from tiedlora.analysis import intervals
 from tiedlora.analysis.intervals import pseudo_values
+from tiedlora.errors import UserError
 from tiedlora.page import write
 from tiedlora.tasks import Example, load_task
 
@@ -39,9 +40,9 @@ def test_every_number_equals_a_recomputation_from_predictions(tmp_path):
             per_seed = ours.mean(1) - theirs.mean(1)
             # Student's t by hand: 3.182 is the 97.5 % point of 3 degrees of freedom.
             half = 3.18245 * per_seed.std(ddof=1) / 2
-            assert row.difference.value == pytest.approx(per_seed.mean())
-            assert row.difference.seeds.low == pytest.approx(per_seed.mean() - half, abs=1e-6)
-            assert row.retained.value == pytest.approx((ours - base).mean() / (theirs - base).mean())
+            assert row.against.difference.value == pytest.approx(per_seed.mean())
+            assert row.against.difference.seeds.low == pytest.approx(per_seed.mean() - half, abs=1e-6)
+            assert row.against.retained.value == pytest.approx((ours - base).mean() / (theirs - base).mean())
 
 
 def recomputed(folder, name):
@@ -101,6 +102,13 @@ def test_predictions_that_disagree_with_the_record_give_no_interval(tmp_path):
     row = primary_row(write.build([tmp_path]).rows, "TABuv")
     assert row.score.examples is None
     assert any("verify.py" in note for note in row.notes)
+
+
+def test_damaged_clusters_are_an_error_and_no_missing_scores(tmp_path):
+    scored_run(tmp_path / "runs", GOOD, BASE)
+    (tmp_path / "clusters.json").write_text("{")
+    with pytest.raises(UserError, match=r"clusters\.json: is not valid JSON"):
+        write.build([tmp_path / "runs"])
 
 
 def test_corpus_scores_are_served_by_pseudo_values():

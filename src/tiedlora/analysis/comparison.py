@@ -1,0 +1,221 @@
+"""How a comparison is made: a method against another arm or a point of a curve, by one measure, over seeds and rows.
+
+1. `match` takes the runs of the seeds that all arms have. They must be trained and scored on the same rows.
+2. `Matched.tables` are the scores of these runs for every row, and which rows belong together.
+3. `compare` gives the arms their roles: `Comparison.difference` is the paired difference with its intervals, and
+   `Comparison.sides` is what the rules of claims and the shares of a gain take, with the zero point.
+
+Claims, the table of results, the figures of shares and the worth of an arm all start here. Where arms cannot be
+compared, NotComparable says why.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+
+from tiedlora.analysis import intervals
+from tiedlora.analysis.groups import Peer, RunGroup
+from tiedlora.analysis.intervals import Array, Clusters
+from tiedlora.analysis.rules import Sides
+from tiedlora.analysis.runs import Measure, NotComparable, Run, Scorebook
+from tiedlora.records.interval import Interval
+from tiedlora.records.loss_metrics import is_loss
+from tiedlora.text import counted
+
+OTHER_ENDS = "the answers of the two sides end at different tokens (docs/tasks.md)"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % intervals, each named by the variance that it covers. None: it cannot be computed."""
+
+    value: float
+    count: int
+    """The number of seeds."""
+    seeds: Interval | None = None
+    """The t interval over seeds, on these examples."""
+    examples: Interval | None = None
+    """The interval over examples, with these seeds."""
+    both: Interval | None = None
+    """The interval over seeds and examples."""
+
+    @classmethod
+    def over_seeds(cls, values: Array) -> Estimate:
+        """The mean of one number per seed, (seeds,), with its interval over seeds."""
+        interval = intervals.seeds_interval(values) if len(values) > 1 else None
+        return cls(float(values.mean()), len(values), interval)
+
+    def over_rows(self, ours: Array, theirs: Array | None, clusters: Clusters | None) -> Estimate:
+        """With the intervals over rows too, from (seeds, rows) tables of the scores, or of both sides of a difference
+        (theirs)."""
+        both = None
+        if min(ours.shape) > 1:
+            both = intervals.both_interval(ours if theirs is None else ours - theirs, clusters=clusters)
+        examples = intervals.over_examples(ours, theirs, clusters) if ours.shape[1] > 1 else None
+        return replace(self, examples=examples, both=both)
+
+    @property
+    def widest(self) -> Interval:
+        """The value with the interval that covers most: both, otherwise examples, seeds, or no interval (NaN)."""
+        interval = self.both or self.examples or self.seeds or Interval(self.value, math.nan, math.nan)
+        return replace(interval, value=self.value)
+
+
+@dataclass(frozen=True, eq=False)
+class Matched:
+    """Runs of some arms that can be compared: of the same seeds, trained and scored on the same rows."""
+
+    measure: Measure
+    runs: tuple[tuple[Run, ...], ...]
+    """For each arm, a run of each seed, in the same order."""
+    book: Scorebook = field(repr=False)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds that all arms have."""
+        return tuple(run.seed for run in self.runs[0])
+
+    @cached_property
+    def tables(self) -> tuple[list[Array], Clusters | None]:
+        """(seeds, rows) for each arm: the scores of the same rows, as recorded; and the rows' clusters.
+
+        Raises:
+            NotComparable: predictions are missing or damaged, or are of other rows.
+        """
+        return self.book.tables(self.runs, self.measure)
+
+
+def match(arms: Sequence[RunGroup], measure: Measure, book: Scorebook, among: Collection[int] | None = None) -> Matched:
+    """The scored runs of the seeds that all arms have.
+
+    Args:
+        among: the seeds that may be taken; None allows all.
+
+    Raises:
+        NotComparable: an arm is not scored, there is no seed in common, or the runs saw different rows.
+    """
+    by_seed = [{run.seed: run for run in measure.scored(group.runs)} for group in arms]
+    if unscored := [group.name for group, runs in zip(arms, by_seed, strict=True) if not runs]:
+        raise NotComparable(f"no run of {' or '.join(unscored)} has {measure.metric} on {measure.split}")
+    allowed = by_seed[0] if among is None else among
+    seeds = [seed for seed in by_seed[0] if all(seed in runs for runs in by_seed) and seed in allowed]
+    if not seeds:
+        raise NotComparable("no seed in common" if among is None else "no planned seed in common")
+    runs = tuple(tuple(own[seed] for seed in seeds) for own in by_seed)
+    every = list(itertools.chain.from_iterable(runs))
+    if len({run.splits[measure.split].digest for run in every}) > 1:
+        raise NotComparable("other data")
+    # Shuffled targets are the same rows in another order, and so have another digest.
+    for is_shuffled in (False, True):
+        alike = [run.record for run in every if run.record.identity.shuffles_targets == is_shuffled]
+        if len({record.data["train"].digest for record in alike}) > 1:
+            raise NotComparable("trained on other rows")
+    return Matched(measure, runs, book)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A method and what it is compared with, by one measure, over the seeds that all sides have."""
+
+    method: RunGroup
+    comparator: Peer
+    floor: RunGroup | None
+    """The zero point of gains; None takes the base model, if it was scored."""
+    matched: Matched
+    """The runs of the method, of each part of the comparator, and of the floor."""
+
+    @cached_property
+    def sides(self) -> Sides:
+        """What a rule compares. Losses are negated.
+
+        Raises:
+            NotComparable: as `Matched.tables`, or the scores of the base model, the zero point, cannot be read.
+        """
+        matched, measure = self.matched, self.matched.measure
+        (method, *others), clusters = matched.tables
+        zero = None
+        if self.floor is not None:
+            zero = measure.sign * others.pop()
+        elif with_base := [run for runs in matched.runs for run in runs if measure.has_base(run)]:
+            zero = measure.sign * matched.book.base_scores(with_base[0], measure)
+        return Sides(measure.sign * method, measure.sign * self._blended(others), zero, clusters, matched.seeds)
+
+    def difference(self) -> tuple[Estimate, list[str]]:
+        """The paired difference of method and comparator, which keeps the sign of a loss; and notes for the reader.
+
+        It has no intervals over rows where their scores cannot be read.
+        """
+        runs, measure, notes = self.matched.runs, self.matched.measure, []
+        method, *others = map(measure.values, runs)
+        estimate = Estimate.over_seeds(method - self._blended(others))
+        try:
+            (table, *tables), clusters = self.matched.tables
+            estimate = estimate.over_rows(table, self._blended(tables), clusters)
+        except NotComparable as why:
+            notes.append(f"no interval over examples: {why}")
+        commits = [{str(code.commit) for run in own for code in run.record.code_versions} for own in runs]
+        if any(own != commits[0] for own in commits):
+            notes.append("made by another commit")
+        if other_ends(runs, measure):
+            notes.append(OTHER_ENDS)
+        common = len(self.matched.seeds)
+        if common < max(len(group.runs) for group in (self.method, *self.comparator.groups)):
+            notes.append(f"{counted(common, 'seed')} in common")
+        return estimate, notes
+
+    def _blended(self, arrays: Iterable[Array]) -> Array:
+        """The sum of arrays, one for each part of the comparator, by the parts' weights. A floor's is left out."""
+        weighted = (weight * array for (weight, _), array in zip(self.comparator.parts, arrays, strict=False))
+        total: Array = sum(weighted, np.zeros(()))
+        return total
+
+
+def compare(
+    method: RunGroup,
+    comparator: Peer,
+    measure: Measure,
+    book: Scorebook,
+    floor: RunGroup | None = None,
+    among: Collection[int] | None = None,
+) -> Comparison:
+    """The comparison over the seeds that all sides have, or those of them that are among some.
+
+    Raises:
+        NotComparable: as `match`.
+    """
+    arms = [method, *comparator.groups, *([floor] if floor is not None else [])]
+    return Comparison(method, comparator, floor, match(arms, measure, book, among))
+
+
+def compare_planned(
+    method: RunGroup,
+    comparator: Peer,
+    measure: Measure,
+    book: Scorebook,
+    floor: RunGroup | None,
+    planned: Sequence[int],
+) -> Comparison:
+    """As `compare`. Where a seed beside those of a plan cannot be compared, only the plan's seeds are taken.
+
+    Raises:
+        NotComparable: as `match`, of the plan's seeds.
+    """
+    try:
+        comparison = compare(method, comparator, measure, book, floor)
+        # Read here, because one seed's damaged predictions refuse all of them.
+        _ = comparison.sides
+    except NotComparable:
+        return compare(method, comparator, measure, book, floor, planned)
+    return comparison
+
+
+def other_ends(arms: Iterable[Iterable[Run]], measure: Measure) -> bool:
+    """Whether the answers of some arms ended at different tokens. A loss has no answers, so it is False for a loss."""
+    ends = [{str(run.record.more_ends) for run in runs} for runs in arms]
+    return any(own != ends[0] for own in ends) and not is_loss(measure.metric)
