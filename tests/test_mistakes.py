@@ -131,9 +131,9 @@ SCRIPTS = {
     "a part of the records": ("study.py export study --part one", "--part: is for plan, forecast and run; export"),
     "a plan that is not committed": ("study.py run study", "is not committed; commit the plan before the first run"),
     "records of no run": ("study.py export study --outputs nowhere", "so there are no runs to export"),
-    "records that are not there": ("study.py restore study", "so the study has no records to continue from"),
-    "two runs to repeat": ("study.py repeat study a b", "repeat: takes one run; give the name of a folder in"),
-    "a run that is none": ("study.py verify study a", "is no finished run of the study; give the name of a folder"),
+    "records that are not there": ("study.py restore study", "the study has no runs yet; scripts/study.py run"),
+    "two runs to repeat": ("study.py repeat study a b", "repeat: takes one run; give its id"),
+    "a run that is none": ("study.py verify study a", "the study has no runs yet; scripts/study.py run study makes them"),
 }
 COMMANDS = {
     **{what: (f"../train.py {words}", says) for what, (words, says) in TRAIN.items()},
