@@ -165,7 +165,7 @@ PLAIN = b"model: {name: m, " + SIZES + b"}\ntask: {name: t, kind: k, prompt: p, 
 FILES = {  # contents of a config.yaml that a command line cannot have
     "a tag of Python": (b"seed: !!python/object/apply:os.system ['touch owned']\n", "is not readable YAML"),
     "no mapping": (b"- 1\n- 2\n", "must hold a YAML mapping"),
-    "nothing": (b"", "model.name: has no value"),
+    "nothing": (b"", "must hold a YAML mapping"),
     "not UTF-8": (b"seed: \xff\xfe\n", "is not readable YAML"),
     "thousands of brackets": (b"task: " + b"[" * 1500, "is not readable YAML"),
     "a key twice": (b"seed: 1\nseed: 2\n", "is not readable YAML"),

@@ -105,6 +105,28 @@ def test_each_number_of_a_record_is_checked_or_listed_as_not_checked(copy, whose
     assert listed == (UNKNOWN if whose == "results" else set())
 
 
+def test_files_that_were_changed_together_are_checked_against_the_rows_and_the_configuration(copy):
+    steps = RunFolder(copy).finished_record().training.steps
+    change_rows(copy / "metrics.jsonl", lambda row: row.update({"train/tokens": 99}), [steps])
+    put(copy, "training.tokens", 99)
+    assert "training.tokens is " in wrong(copy, rows=0)["tokens"]
+    change_rows(copy / "validation_losses.jsonl", lambda row: row["tokens"].reverse())
+    assert "the target tokens of step 0 in validation_losses.jsonl" in wrong(copy, rows=0)["tokens"]
+    description = copy / "adapter" / "adapter.json"
+    description.write_text(description.read_text().replace('"alpha": 8.0', '"alpha": 80.0'))
+    put(copy, "files", RunFolder(copy).checksums("adapter/*"))
+    found = wrong(copy, rows=0)
+    assert found["adapter"] == "its alpha is 80.0, recorded 8.0"
+
+
+def test_without_the_logs_of_training_their_numbers_are_listed(copy):
+    (copy / "metrics.jsonl").unlink()
+    (copy / "validation_losses.jsonl").unlink()
+    *findings, last = verify.verify(copy, data_root=str(copy.parent / "data"), rows=0)
+    assert not [finding for finding in findings if finding.ok is False]
+    assert "training.seconds, training.tokens_per_s, training.validation_loss_first" in last.explanation
+
+
 @pytest.mark.parametrize("kind", ["validation", "validation.base"])
 def test_a_changed_output_is_named_by_its_row(copy, kind):
     path = copy / "predictions" / f"{kind}.jsonl"

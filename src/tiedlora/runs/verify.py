@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tiedlora import storage, tying
@@ -93,7 +93,10 @@ def _check_configuration(run: CheckedRun) -> Iterator[Finding]:
     values = {f"config.{key}": pair for key, pair in compose.compared_keys(run.config, run.record.config.tree).items()}
     own, recorded = leaves(compose.as_recorded(identity(run.config))), leaves(run.record.identity.tree)
     values |= {f"identity.{key}": (own.get(key), recorded.get(key)) for key in sorted({*own, *recorded})}
-    values |= run.beside_record({"run_id": run_id(run.config), "seed": run.config.seed, "status": "done"})
+    arm = leaves({"arm": compose.as_recorded(asdict(run.record.arm))})
+    found = {"run_id": run_id(run.config), "seed": run.config.seed, "status": "done"}
+    # Records of earlier versions do not name the arm.
+    values |= run.beside_record(found | {key: value for key, value in arm.items() if key in run.recorded})
     name = run.folder.path.name
     values["the folder's name"] = name, run.record.run_id
     yield compared("configuration", values, f"config.yaml, result.json and the folder's name make one id, {name}")
