@@ -17,13 +17,15 @@ from tiedlora.runs.loading import cached_base, load
 from tiedlora.runs.trainer import Training, begin
 from tiedlora.tasks import Example
 from tiedlora.training.distributed import ALONE
+from tiedlora.training.loss import chunks_within
 from tiedlora.training.signals import StopSignal
 
 
 def train(config: Config, folder: Path) -> Training:
     """Train as in train.py, without scoring. `folder` becomes the run's folder."""
     loaded = load(config, ALONE)
-    with StopSignal() as stop, products.on_any_cpu(loaded.device, config.train.dtype):
+    on_device = products.on_any_cpu(loaded.device, config.train.dtype)
+    with StopSignal() as stop, on_device, chunks_within(config.train.loss_memory_mb):
         training = begin(config, loaded, RunFolder(folder), folder / "checkpoint")
         training.train(stop)
     return training

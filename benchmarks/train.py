@@ -1,6 +1,7 @@
-"""python benchmarks/train.py [--alternations 5] [--json FILE]: our training loop against PEFT LoRA + Trainer.
+"""python benchmarks/train.py [--alternations 5] [--model NAME] [--json FILE]: our loop against PEFT LoRA + Trainer.
 
-With --profile, it only shows which operators take the time of our steps.
+With --profile, it only shows which operators take the time of our steps. --model takes any option of conf/model; the
+targets are those of SmolLM2-135M.
 
 First both train 20 float32 steps from the same initial values on the same batches, and their losses must agree. Then
 each measurement runs in its own process, ours and theirs alternately, with GSM8K rows, SmolLM2-135M, rank 8 and batch
@@ -83,29 +84,31 @@ def theirs(dtype: str, order: str, steps: int, *overrides: str) -> dict[str, Any
     return baseline.train(dtype, order, steps, SKIPPED, *overrides).figures()
 
 
-def arithmetic(run: dict[str, Any]) -> float:
+def arithmetic(run: dict[str, Any], *overrides: str) -> float:
     """The FLOP of a run's timed steps. The formula is in the docstring of this file."""
-    from tiedlora.tying import target_shape
+    from tiedlora.models.arithmetic import block_weights
 
-    a = common.config().model.architecture
-    shapes = [target_shape(a, name) for name in ("q", "k", "v", "o", "gate", "up", "down")]
-    blocks = a.layers * sum(d_in * d_out for d_in, d_out in shapes)
-    weights = 4 * run["tokens"] * (blocks + a.vocabulary * a.hidden * run["target_share"])
+    a = common.config(*overrides).model.architecture
+    weights = 4 * run["tokens"] * (block_weights(a) + a.vocabulary * a.hidden * run["target_share"])
     return float(weights + 12 * a.layers * a.heads * a.head_dim * run["pairs"])
 
 
 class RateMeter:
-    """After every optimizer step, measures the rate of matrix products, and stores the times of the measurement."""
+    """After every optimizer step, measures the rate of matrix products, and stores the times of the measurement.
 
-    def __init__(self, dtype: str) -> None:
-        self.dtype = dtype
+    Args:
+        shape: of the product, as common.matmul_rate.
+    """
+
+    def __init__(self, dtype: str, shape: tuple[int, int, int]) -> None:
+        self.dtype, self.shape = dtype, shape
         self.began: list[float] = []
         self.ended: list[float] = []
         self.rates: list[float] = []
 
     def __call__(self, *_: Any) -> None:
         self.began.append(time.perf_counter())
-        self.rates.append(common.matmul_rate(self.dtype, (2048, 576, 1536), 0.1))
+        self.rates.append(common.matmul_rate(self.dtype, self.shape, 0.1))
         self.ended.append(time.perf_counter())
 
     def possible_flop(self, steps: range) -> float:
@@ -119,11 +122,13 @@ def share(dtype: str, tying: str, steps: int, *overrides: str) -> dict[str, Any]
     """The share of the matrix-product rate that our timed steps reach, and the median of the rate in FLOP/s."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    meter = RateMeter(dtype)
+    a = common.config(*overrides).model.architecture
+    meter = RateMeter(dtype, shape := (common.PASS_TOKENS, a.hidden, a.intermediate))
     register_optimizer_step_post_hook(meter)
     run = ours(dtype, tying, steps, *overrides)
     possible = meter.possible_flop(range(SKIPPED, steps))
-    return {"share": arithmetic(run) / possible, "rate": statistics.median(meter.rates[SKIPPED:])}
+    rate = statistics.median(meter.rates[SKIPPED:])
+    return {"share": arithmetic(run, *overrides) / possible, "rate": rate, "shape": shape}
 
 
 def child(what: str, steps: str, *overrides: str) -> None:
@@ -132,9 +137,9 @@ def child(what: str, steps: str, *overrides: str) -> None:
     print(json.dumps(measure(dtype, variant, int(steps), *overrides)))
 
 
-def check() -> float:
+def check(model: str) -> float:
     """The two losses' largest relative difference over 20 float32 steps on identical batches of two."""
-    small = ("train.batch_size=2",)
+    small = ("train.batch_size=2", model)
     a = common.measure(__file__, "ours:float32:LoRA_qkv", str(CHECKED), *small)["losses"]
     b = common.measure(__file__, "peft:float32:grouped", str(CHECKED), *small)["losses"]
     assert len(a) == len(b) == CHECKED
@@ -144,17 +149,17 @@ def check() -> float:
     return worst
 
 
-def profile(steps: int) -> None:
+def profile(steps: int, model: str) -> None:
     """Print which operators take the time of our timed steps."""
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    common.measure(__file__, OURS, str(steps), *SETTINGS)  # compiles, into torch's cache
+    common.measure(__file__, OURS, str(steps), *SETTINGS, model)  # compiles, into torch's cache
     activities = [torch.profiler.ProfilerActivity.CPU]
     schedule = torch.profiler.schedule(wait=SKIPPED, warmup=0, active=steps - SKIPPED, repeat=1)
     with torch.profiler.profile(activities=activities, schedule=schedule) as recorded:
         register_optimizer_step_post_hook(lambda *_: recorded.step())
-        ours("bfloat16", "TABuv", steps, *SETTINGS)
+        ours("bfloat16", "TABuv", steps, *SETTINGS, model)
     events = sorted(recorded.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
     rows = [
@@ -164,17 +169,17 @@ def profile(steps: int) -> None:
     print(common.table(["operator", "share of the time", "calls a step"], rows))
 
 
-def compare(steps: int, alternations: int) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+def compare(steps: int, alternations: int, model: str) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
     """(name -> its measurements, measurements of the share). Ours and theirs alternate."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (OURS, *THEIRS)}
     shares: list[dict[str, Any]] = []
     # The first measurement fills torch's compile cache for the others.
     for alternation in range(alternations + 1):
-        shares.append(common.measure(__file__, SHARE, str(steps), *SETTINGS))
+        shares.append(common.measure(__file__, SHARE, str(steps), *SETTINGS, model))
         print(f"{alternation} {SHARE}: {shares[-1]['share']:.3f}", file=sys.stderr)
         for name in runs if alternation else ():
             settings = SETTINGS if name == OURS else ()
-            latest = common.measure(__file__, name, str(steps), *settings)
+            latest = common.measure(__file__, name, str(steps), *settings, model)
             runs[name].append(latest)
             print(f"{alternation} {name}: {_speed(latest):.0f} tokens/s", file=sys.stderr)
     return runs, shares[1:]
@@ -185,7 +190,9 @@ def _speed(run: dict[str, Any]) -> float:
     return float(run["tokens"] / run["seconds"])
 
 
-def print_comparison(runs: dict[str, list[dict[str, Any]]], shares: list[dict[str, Any]]) -> None:
+def print_comparison(
+    runs: dict[str, list[dict[str, Any]]], shares: list[dict[str, Any]], targets: dict[str, float]
+) -> None:
     rows = []
     our_peak = statistics.median(run["peak"] for run in runs[OURS])
     for name, measured in runs.items():
@@ -196,11 +203,12 @@ def print_comparison(runs: dict[str, list[dict[str, Any]]], shares: list[dict[st
     header = ["what", "tokens/s", "peak memory", "ours is x times as fast", "ours uses x of its memory"]
     print(common.table(header, rows))
     rate = statistics.median(measured["rate"] for measured in shares)
+    tokens, hidden, width = shares[0]["shape"]
     print(
-        f"matrix products, bfloat16, (2048, 576) @ (576, 1536): {rate / 1e9:.0f} GFLOP/s; "
+        f"matrix products, bfloat16, ({tokens}, {hidden}) @ ({hidden}, {width}): {rate / 1e9:.0f} GFLOP/s; "
         f"ours computes at {common.spread([measured['share'] for measured in shares])} of it"
     )
-    for name, speedup in TARGETS.items():
+    for name, speedup in targets.items():
         print(f"target against {name}: {speedup}x")
 
 
@@ -208,16 +216,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--alternations", type=int, default=5)
     parser.add_argument("--steps", type=int, default=14, help=f"of each measurement; {SKIPPED} are not timed")
+    parser.add_argument("--model", default=common.MODEL, help="an option of conf/model; default: %(default)s")
     parser.add_argument("--json", type=Path, help="where the figures go as JSON")
     parser.add_argument("--profile", action="store_true", help="show which operators take our time, and nothing else")
     arguments = parser.parse_args()
     if arguments.steps <= SKIPPED or arguments.alternations < 1:
         parser.error(f"--steps must be more than {SKIPPED}, and --alternations at least 1")
+    model = f"model={arguments.model}"
     if arguments.profile:
-        return profile(arguments.steps)
-    worst = check()
-    runs, shares = compare(arguments.steps, arguments.alternations)
-    print_comparison(runs, shares)
+        return profile(arguments.steps, model)
+    worst = check(model)
+    runs, shares = compare(arguments.steps, arguments.alternations, model)
+    print_comparison(runs, shares, TARGETS if arguments.model == common.MODEL else {})
     common.write(arguments.json, {"worst": [worst], "runs": runs, "shares": shares})
 
 

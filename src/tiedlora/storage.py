@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 SECONDS_IN_SILENCE = 2
 """How long a process waits for a lock before it says so."""
-NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 """What flock answers on a file system without it."""
 
 

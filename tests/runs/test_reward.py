@@ -72,7 +72,7 @@ def test_the_draws_follow_the_distribution():
     outputs = torch.tensor([[0.0, 1.0, 2.0, -1.0, -50.0]]).expand(4000, -1)
     model = torch.nn.Module()
     model.config = object()
-    tokens = Sampling(0, 1, 4000, 1, temperature=2.0).of(range(4000))(model, outputs, list(range(4000)), 0)
+    tokens = Sampling(0, 1, 4000, 1, temperature=2.0).of(range(4000))(model, outputs, torch.arange(4000), 0)
     expected = (outputs[0] / 2.0).softmax(-1)
     found = torch.bincount(tokens, minlength=5) / 4000
     assert torch.allclose(found, expected, atol=4 * 0.5 / 4000**0.5)

@@ -1,6 +1,7 @@
 """The forecast of a sweep's cost: its arithmetic against the models themselves, and its sums."""
 
 import json
+from dataclasses import replace
 from statistics import mean
 
 import pytest
@@ -51,6 +52,27 @@ def test_a_runs_cost_is_its_rows_at_its_speeds(tiny_config):
     assert cost(only_loss, SPEEDS, ROWS) == (4000, pytest.approx(40 + 5 * 50 / 200 + 8 * 10 / 200))
     limited = tiny_config(*words, "task.rows.validation=8", "train.batch_tokens=20")
     assert cost(limited, SPEEDS, ROWS)[0] == 2000
+
+
+def test_a_reward_costs_its_answers_and_their_training(tiny_config):
+    words = ["train.steps=100", "train.batch_size=4", "train.validate_every=0", "score.splits=[]"]
+    plain = cost(tiny_config(*words), SPEEDS, ROWS)
+    reward = cost(tiny_config(*words, "objective=reward", "objective.samples=6"), SPEEDS, ROWS)
+    # Six answers to each of 400 prompts: they are trained as rows, and four a second are sampled.
+    assert reward[0] == 6 * plain[0] == 24_000
+    assert reward[1] - plain[1] == pytest.approx(5 * 40 + 2400 / 4)
+    finished = replace(SPEEDS, has_sampling=True)
+    assert cost(tiny_config(*words, "objective=reward"), finished, ROWS)[0] == 8 * plain[0]
+
+
+def test_a_large_vocabulary_costs_its_head(tiny_config):
+    small, large = (tiny_config(f"model.architecture.vocabulary={size}").model.architecture for size in (300, 262_144))
+    extra = arithmetic.training_flop(large, 100, 20) - arithmetic.training_flop(small, 100, 20)
+    assert extra == 2 * arithmetic.head_flop(large, 20) * (1 - 300 / 262_144)
+    gemma = tiny_config("model.architecture.vocabulary=262144", "train.dtype=bfloat16")
+    assert arithmetic.loss_bytes(gemma, 2048) == 256 * 262_144 * 6
+    gemma.train.loss_memory_mb = 100
+    assert arithmetic.loss_bytes(gemma, 2048) == 100_000_000
 
 
 def test_finished_runs_forecast_themselves(tiny_run):

@@ -104,7 +104,7 @@ def test_memory_that_runs_out_in_one_process_is_known_in_all(tiny_config, monkey
                 raise MemoryError
             return batch
 
-        with distributed.join_world(cuda=False) as world, pytest.raises(MemoryError):
+        with distributed.join_world("cpu") as world, pytest.raises(MemoryError):
             in_shares(world, tiny("tiny_llama").model, [[0], [1]], rows_of)
 
     in_world(score)
@@ -115,7 +115,7 @@ def test_memory_that_runs_out_in_one_process_is_known_in_all(tiny_config, monkey
 )
 def test_sharding_by_others_and_processes_without_a_rank_are_refused(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=rf"{name}.*: .*torchrun"), distributed.join_world(cuda=False):
+    with pytest.raises(UserError, match=rf"{name}.*: .*torchrun"), distributed.join_world("cpu"):
         pass
 
 
@@ -165,7 +165,7 @@ class TestShard:
     @pytest.mark.slow
     def test_each_process_holds_half_of_every_block_and_all_of_the_adapter(self, shared):
         def held(rank):
-            with distributed.join_world(cuda=False) as world:
+            with distributed.join_world("cpu") as world:
                 loaded = load(shared, world)
                 for name, parameter in loaded.arm.model.named_parameters():
                     inside = name.startswith("model.layers.")

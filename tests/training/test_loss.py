@@ -1,16 +1,20 @@
 """The chunked cross-entropy equals the plain one, in value and in gradient."""
 
+import weakref
+
 import pytest
 import torch
 from helpers.tiny import TINY, mask_of, randomise, tiny, tying_option
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiedlora.adapter import attach
 from tiedlora.data.batching import collate
 from tiedlora.data.encoding import Encoded
 from tiedlora.training import loss as chunked
 
-ROWS = [Encoded(tuple(range(10, 10 + p)), (*range(40, 40 + t), 256)) for p, t in ((5, 4), (9, 1), (2, 12), (7, 7))]
+LENGTHS = ((5, 4), (9, 1), (2, 12), (7, 7), (3, 90), (1, 170))
+ROWS = [Encoded(tuple(range(10, 10 + p)), (*range(40, 40 + t), 256)) for p, t in LENGTHS]
 
 
 def plain_loss(model, batch):
@@ -22,17 +26,17 @@ def plain_loss(model, batch):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), shifted.flatten(), ignore_index=-100, reduction="sum")
 
 
-@pytest.mark.parametrize(("chunk", "logits"), [(1, 10**6), (3, 10**6), (256, 10**6), (256, 600), (256, 1)])
+@pytest.mark.parametrize("rows", [1, 48, 256, 10**6])
 @pytest.mark.parametrize("model_name", TINY)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
-def test_equals_the_plain_loss_and_its_gradients(model_name, dtype, tolerance, chunk, logits, monkeypatch):
-    monkeypatch.setattr(chunked, "CHUNK", chunk)
-    monkeypatch.setattr(chunked, "LOGITS", logits)
+def test_equals_the_plain_loss_and_its_gradients(model_name, dtype, tolerance, rows, monkeypatch):
+    monkeypatch.setattr(chunked, "CPU_CHUNK_ROWS", rows)
     base = tiny(model_name)
     attached = attach(base.model, tying_option("TABuv"), 4)
     base.model.to(dtype)
     randomise(attached.adapter, scale=0.2)
     batch = collate(ROWS, pad_id=256)
+    assert len(batch.targets) > 256
     grads = []
     for loss in (plain_loss(base.model, batch), chunked.target_loss(base.model, batch)):
         loss.backward()
@@ -41,6 +45,62 @@ def test_equals_the_plain_loss_and_its_gradients(model_name, dtype, tolerance, c
     for plain, ours in zip(*grads, strict=True):
         # Llama's RMSNorm always computes in float32, in both computations, so both heads get the same numbers.
         assert (plain - ours).abs().max() <= tolerance * plain.abs().max()
+
+
+def test_a_chunk_has_the_rows_that_the_device_and_the_memory_allow():
+    cpu, other = torch.device("cpu"), torch.device("meta")
+    # Published runs of SmolLM2 (49,152 tokens) had 256, which decides their rounding.
+    assert [chunked.chunk_rows(v, cpu, 6) for v in (260, 49_152, 151_936, 262_144)] == [256] * 4
+    assert [chunked.chunk_rows(v, other, 6) for v in (49_152, 262_144)] == [3472, 651]
+    with chunked.chunks_within(100):
+        assert [chunked.chunk_rows(v, cpu, 6) for v in (49_152, 262_144, 10**9)] == [256, 63, 1]
+    assert chunked.chunk_rows(262_144, cpu, 6) == 256
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes of tensors that were made inside the block, and not freed, at one time.
+
+    Args:
+        before: tensors from before the block.
+    """
+
+    def __init__(self, *before):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.seen = {tensor.untyped_storage().data_ptr() for tensor in before}
+
+    def __torch_dispatch__(self, operator, kinds, args=(), kwargs=None):
+        made = operator(*args, **(kwargs or {}))
+        storage = made.untyped_storage() if isinstance(made, torch.Tensor) else None
+        if storage is not None and storage.data_ptr() not in self.seen:
+            self.seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(made, self.freed, storage.data_ptr(), storage.nbytes())
+        return made
+
+    def freed(self, place, size):
+        self.seen.discard(place)
+        self.bytes -= size
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_logits_stay_within_their_memory(dtype, softcap, monkeypatch):
+    monkeypatch.setattr(chunked, "CPU_CHUNK_ROWS", 10**6)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary, hidden, targets = 5000, 8, 900
+    weight = torch.randn(vocabulary, hidden, generator=generator).to(dtype)
+    states = torch.randn(targets, hidden, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(vocabulary, (targets,), generator=generator)
+    peaks = {}
+    for megabytes in (2, 8):
+        with chunked.chunks_within(megabytes), PeakMemory(states, weight) as memory:
+            chunked._TokenLosses.apply(states, weight, None, labels, softcap).sum().backward()
+        peaks[megabytes] = memory.peak / 1e6
+    # Besides the logits there are a few numbers for each row.
+    assert 0.9 * 2 < peaks[2] < 2 + 0.1, peaks
+    assert 0.9 * 8 < peaks[8] < 8 + 0.1, peaks
 
 
 def test_a_trained_head_is_refused():

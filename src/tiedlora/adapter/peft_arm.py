@@ -117,7 +117,9 @@ class PeftArm(Arm):
 
 
 def _sum(parameter: Tensor) -> float:
-    return 0.0 if parameter.is_meta else float(parameter.detach().sum(dtype=torch.float64))
+    # Apple's accelerator has no float64.
+    dtype = torch.float32 if parameter.device.type == "mps" else torch.float64
+    return 0.0 if parameter.is_meta else float(parameter.detach().sum(dtype=dtype))
 
 
 def _put_back(base: list[tuple[nn.Parameter, Tensor, float]]) -> bool:

@@ -102,8 +102,8 @@ def check_device(key: str, name: str) -> None:
     Args:
         key: the name of the setting in the message.
     """
-    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", name, re.ASCII):
-        raise UserError(f"{key}={name}: choose auto, cpu, cuda or cuda:NUMBER")
+    if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:(0|[1-9]\d?))?", name, re.ASCII):
+        raise UserError(f"{key}={name}: choose auto, cpu, cuda or cuda:NUMBER (mps and xpu were never tried)")
 
 
 def _check_training(config: Config) -> None:

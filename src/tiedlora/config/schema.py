@@ -192,6 +192,9 @@ class TrainConfig:
     recompute_activations: bool = field(default=False, metadata=EXECUTION)
     """Whether the backward pass computes a block's activations again. This takes a third more time and far less
     memory."""
+    loss_memory_mb: Count = field(default=1024, metadata=EXECUTION)
+    """Most memory of the loss's logits at a time, in MB. It bounds how many target tokens share a matrix product; on a
+    CPU these are 256 at most. Less is slower if the vocabulary is large. It changes rounding."""
     compile: Literal["auto", "always", "never"] = field(default="auto", metadata=EXECUTION)
     """Whether torch compiles the blocks: auto (if the run is long enough to gain from it), always or never. It changes
     rounding."""
@@ -247,7 +250,7 @@ class TrainConfig:
     init_digest: Text | None = field(default=None, metadata=neutral(None))
     """The hash of the adapter of init_from. The program fills it in."""
     device: Text = field(default="auto", metadata=EXECUTION)
-    """auto (CUDA if there is a GPU), cpu, cuda or cuda:NUMBER."""
+    """auto (CUDA if there is a GPU), cpu, cuda or cuda:NUMBER. Apple's mps and Intel's xpu were never tried."""
     deterministic: bool = field(default=False, metadata=EXECUTION)
     """Whether torch uses only deterministic algorithms, so that a run on a GPU can be repeated bit for bit on the same
     kind of GPU with the same versions. This is slower. A run on a CPU can be repeated without it."""

@@ -49,15 +49,28 @@ class Batch:
         """
         # A sum over a padded table has one order of additions on every device; index_add_ has none on a GPU.
         table = values.new_zeros(self.input_ids.numel())
-        table[self.positions] = values
+        table[self.positions.to(values.device)] = values
         return table.view(self.input_ids.shape).sum(1)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`. The copy to a GPU is asynchronous."""
-        if device.type != "cuda":
+        if device.type == "cpu":
             return self
-        names = ("input_ids", "positions", "targets")
-        return replace(self, **{name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in names})
+        return replace(
+            self,
+            input_ids=sent(self.input_ids, device),
+            positions=sent(self.positions, device),
+            targets=sent(self.targets, device),
+        )
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`. A GPU gets it while the program goes on."""
+    if device.type in ("cpu", "mps"):
+        # Apple's accelerator shares the memory of the CPU.
+        return tensor.to(device)
+    # Out of memory that is not pinned, a copy waits for all that the GPU has to do.
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def split_by_limits(lengths: Sequence[int], rows: int | None, tokens: int | None) -> list[slice]:

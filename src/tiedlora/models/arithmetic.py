@@ -7,8 +7,8 @@ from tiedlora.tying import Architecture, target_shape
 
 UNGATED_FAMILIES = ("gpt2", "gpt_neox")
 """Families whose feed-forward block has two products; others have a third one, the gate."""
-CHUNK_BYTES = 2 * 4 * 256 * 49_152
-"""The logits of one chunk of training.loss and their gradient, in float32."""
+CPU_CHUNK_ROWS = 256
+"""The most positions of a chunk of the loss on a CPU. They are enough for the full speed of matrix products."""
 PROCESS_BYTES = 500_000_000
 """A process on a CPU that has imported torch and transformers, without a model. A GPU's peak does not include it."""
 
@@ -19,17 +19,26 @@ def block_weights(a: Architecture) -> int:
     return a.layers * sum(d_in * d_out for d_in, d_out in (target_shape(a, name) for name in names))
 
 
-def forward_flop(a: Architecture, tokens: float, head_tokens: float) -> float:
-    """FLOP of one row's forward pass.
+def attention_flop(a: Architecture, tokens: float) -> float:
+    """FLOP of attention's two products in one row's forward pass, with 2 x head size for each pair of tokens.
 
-    Two for each weight and token, and for each pair of tokens two products of attention with 2 x head size each. A
-    token attends to itself and earlier ones, so there are tokens^2 / 2 pairs.
+    A token attends to itself and earlier ones, so there are tokens^2 / 2 pairs.
+    """
+    return 4 * a.layers * a.heads * a.head_dim * tokens * tokens / 2
+
+
+def head_flop(a: Architecture, tokens: float) -> float:
+    """FLOP of the output head. With a large vocabulary and a small model, this is most of the work of a target."""
+    return 2 * a.vocabulary * a.hidden * tokens
+
+
+def forward_flop(a: Architecture, tokens: float, head_tokens: float) -> float:
+    """FLOP of one row's forward pass: two for each weight and token, and those of attention.
 
     Args:
         head_tokens: how many tokens the output head is applied to.
     """
-    attention = 4 * a.layers * a.heads * a.head_dim * tokens * tokens / 2
-    return 2 * (block_weights(a) * tokens + a.vocabulary * a.hidden * head_tokens) + attention
+    return 2 * block_weights(a) * tokens + attention_flop(a, tokens) + head_flop(a, head_tokens)
 
 
 def training_flop(a: Architecture, tokens: float, target_tokens: float) -> float:
@@ -39,7 +48,7 @@ def training_flop(a: Architecture, tokens: float, target_tokens: float) -> float
     adapter, a few per cent, are left out.
     """
     forward = forward_flop(a, tokens, target_tokens)
-    return 2 * forward + 4 * a.layers * a.heads * a.head_dim * tokens * tokens / 2
+    return 2 * forward + attention_flop(a, tokens)
 
 
 def training_bytes(config: Config, longest_row: int) -> int:
@@ -62,4 +71,16 @@ def training_bytes(config: Config, longest_row: int) -> int:
     kept = 8 * a.hidden + 3 * a.head_dim * (a.heads + 2 * a.kv_heads) + 3 * a.intermediate
     # Recomputed, only one block's activations are kept at a time, and the input of each block.
     activations = kept + a.layers * a.hidden if train.recompute_activations else a.layers * kept
-    return int(weights + number * tokens * activations + CHUNK_BYTES)
+    return int(weights + number * tokens * activations + loss_bytes(config, tokens))
+
+
+def loss_bytes(config: Config, tokens: int) -> int:
+    """The memory of a chunk's logits in training.loss: in float32, and in the head's dtype if it is another one.
+
+    Args:
+        tokens: of a forward pass. On a GPU, they are one chunk if the memory allows.
+    """
+    train = config.train
+    row = config.model.architecture.vocabulary * (4 if train.dtype == "float32" else 6)
+    rows = tokens if train.device.startswith("cuda") else min(tokens, CPU_CHUNK_ROWS)
+    return max(row, min(rows * row, train.loss_memory_mb * 10**6))

@@ -99,6 +99,18 @@ def by_products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tens
     return mixed.view(rows, heads, length, -1)
 
 
+def mask(
+    *, attention_mask: Tensor | None, device: torch.device, allow_is_causal_skip: bool = True, **settings: Any
+) -> Tensor | None:
+    """The mask function that transformers calls in every pass.
+
+    transformers leaves out a mask without padding, which it asks the device. Python would wait for a GPU's answer at
+    every token. So on a GPU a mask that is given stays.
+    """
+    can_skip = allow_is_causal_skip and (attention_mask is None or device.type == "cpu")
+    return sdpa_mask(attention_mask=attention_mask, device=device, allow_is_causal_skip=can_skip, **settings)
+
+
 @torch.library.custom_op("tiedlora::softmax", mutates_args=())
 def _opaque_softmax(scores: Tensor) -> Tensor:
     """torch's softmax as one operator that torch.compile does not split. If it is split, it keeps float32 copies of all
@@ -122,4 +134,4 @@ _opaque_softmax_backward.register_fake(lambda gradient, weights: torch.empty_lik
 _opaque_softmax.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output))
 
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, mask)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import logging
 import os
 import platform
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +22,11 @@ from tiedlora.config.schema import SLOT_DEVICE
 from tiedlora.errors import UserError
 from tiedlora.records.provenance import Execution
 
+log = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
+NOT_TRIED = ("mps", "xpu")
+"""Apple's and Intel's accelerators. This project was never tried on them, so they are used only by name."""
 BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
 """The CPU flags on which the kernel of a bfloat16 product depends."""
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
@@ -25,32 +34,42 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that `train.device` names. `auto` takes CUDA if there is a GPU.
+    """The device that `train.device` names. `auto` takes the accelerator, except one of NOT_TRIED, or else the CPU.
 
     Raises:
-        UserError: the name, or the slot of a sweep, asks for a CUDA device that is not here.
+        UserError: the name, or the slot of a sweep, asks for a device that is not here.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and (slot := os.environ.get(SLOT_DEVICE)):
+        found = _accelerator()
+        if found and found.type not in NOT_TRIED:
+            return found
+        if slot := os.environ.get(SLOT_DEVICE):
             raise UserError(
                 f"hydra.launcher.devices: has {slot}, and torch finds no such CUDA device here; correct the list, or "
                 "use train.device=cpu"
             )
+        return CPU
     device = torch.device(name)
     if not _is_here(device):
-        raise UserError(f"device {name}: no such CUDA device here; use auto or cpu (train.device= or --device)")
+        raise UserError(f"device {name}: no such device here; use auto or cpu (train.device= or --device)")
     return device
 
 
-def _is_here(device: torch.device) -> bool:
+def _accelerator() -> torch.device | None:
+    """The kind of accelerator that torch can use here, without a number; None without one."""
     # A driver that torch cannot use may still count its GPUs.
-    is_usable = torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
-    return device.type != "cuda" or is_usable
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
+def _is_here(device: torch.device) -> bool:
+    if device.type == "cpu":
+        return True
+    found = _accelerator()
+    return found is not None and found.type == device.type and (device.index or 0) < torch.accelerator.device_count()
 
 
 def here_or_auto(name: str) -> str:
-    """The device that a finished run names, or `auto` if it is a CUDA device that is not here: scores need no GPU."""
+    """The device that a finished run names, or `auto` if it is not here: scores need no GPU."""
     return name if name == "auto" or _is_here(torch.device(name)) else "auto"
 
 
@@ -76,13 +95,16 @@ def set_up_device(name: str, threads: int | None, local_index: int | None = None
     own = own_threads()
     torch.set_num_threads(own if threads is None else threads)
     device = resolve_device(name)
-    if device.type == "cuda" and local_index is not None:
-        device = torch.device("cuda", local_index)
     if device.type == "cpu":
         keep_freed_memory()
-    elif device.index is not None:
+        return device
+    if device.type in NOT_TRIED:
+        log.info("device %s: this project was never tried on this kind of device", device)
+    if local_index is not None:
+        device = torch.device(device.type, local_index)
+    if device.index is not None:
         # What names no device, such as a stream, takes the current one.
-        torch.cuda.set_device(device)
+        torch.accelerator.set_device_index(device.index)
     return device
 
 
@@ -101,21 +123,41 @@ def keep_freed_memory() -> None:
 
 def execution_on(device: torch.device, processes: int = 1) -> Execution:
     """The record of the device, the threads of this process, the number of processes, and the processor."""
-    if device.type == "cuda":
-        return Execution(torch.cuda.get_device_name(device), None, processes)
+    if device.type != "cpu":
+        return Execution(_accelerator_name(device), None, processes)
     return Execution(device.type, torch.get_num_threads(), processes, processor_name())
+
+
+def _accelerator_name(device: torch.device) -> str:
+    if device.type == "mps":
+        # Part of the processor, whose name it shares.
+        return f"mps ({_cpu_model()})"
+    return str(torch.get_device_module(device).get_device_name(device))
 
 
 def processor_name() -> str:
     """The CPU's model, with the vector and bfloat16 instructions on which the rounding of torch's kernels depends."""
+    flags = _cpu_facts().get("flags", "").split()
+    instructions = [torch.backends.cpu.get_cpu_capability(), *(flag for flag in BFLOAT16_FLAGS if flag in flags)]
+    return f"{_cpu_model()} ({', '.join(instructions)})"
+
+
+def _cpu_model() -> str:
+    if sys.platform == "darwin":
+        with suppress(OSError):
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip() or platform.machine()
+    return _cpu_facts().get("model name") or platform.machine()
+
+
+def _cpu_facts() -> dict[str, str]:
+    """What Linux says of the first processor; empty on other systems."""
     facts: dict[str, str] = {}
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             key, _, value = line.partition(":")
             facts.setdefault(key.strip(), value.strip())
-    flags = facts.get("flags", "").split()
-    instructions = [torch.backends.cpu.get_cpu_capability(), *(flag for flag in BFLOAT16_FLAGS if flag in flags)]
-    return f"{facts.get('model name') or platform.machine()} ({', '.join(instructions)})"
+    return facts
 
 
 @contextmanager
@@ -138,15 +180,22 @@ def free_memory() -> None:
     """
     # Frames of a traceback can refer to each other in a circle.
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if found := _accelerator():
+        torch.get_device_module(found).empty_cache()
+
+
+def _memory_statistics(device: torch.device) -> Any:
+    """The module that knows the peak of an accelerator's memory. Neither a CPU has one nor Apple's accelerator, whose
+    memory is the computer's own."""
+    module = None if device.type == "cpu" else torch.get_device_module(device)
+    return module if hasattr(module, "max_memory_allocated") else None
 
 
 def restart_peak_memory(device: torch.device) -> None:
     """Start the measurement of peak memory again, if the system allows it."""
-    if device.type == "cuda":
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(index)
+    if statistics := _memory_statistics(device):
+        for index in range(torch.accelerator.device_count()):
+            statistics.reset_peak_memory_stats(index)
         return
     # "5" resets the peak of the resident size (proc(5)). Otherwise a sweep's cell would show an earlier cell's peak.
     with suppress(OSError):
@@ -158,10 +207,11 @@ def peak_memory_bytes(device: torch.device) -> int:
 
     In bytes since `restart_peak_memory`. With model.device_map a process has several GPUs; of others it uses nothing.
     """
-    if device.type == "cuda":
-        return sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
+    if statistics := _memory_statistics(device):
+        return sum(map(statistics.max_memory_allocated, range(torch.accelerator.device_count())))
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # In bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -46,7 +46,7 @@ def loading_settings(config: ModelConfig, dtype: torch.dtype, device: torch.devi
         settings["offload_folder"] = str(cache / "offload")
         settings["max_memory"] = get_max_memory()
         if config.gpu_memory:
-            settings["max_memory"] |= dict.fromkeys(range(torch.cuda.device_count()), config.gpu_memory)
+            settings["max_memory"] |= dict.fromkeys(range(torch.accelerator.device_count()), config.gpu_memory)
         if config.cpu_memory:
             settings["max_memory"]["cpu"] = config.cpu_memory
     if settings:

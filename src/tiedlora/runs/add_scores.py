@@ -23,6 +23,7 @@ from tiedlora.scoring.passages import check_source
 from tiedlora.scoring.passes import missing_passes, wanted_passes
 from tiedlora.scoring.split import Scorer
 from tiedlora.tasks import load_examples, load_task
+from tiedlora.training.loss import chunks_within
 from tiedlora.training.signals import StopSignal
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ def add_scores(folder: RunFolder, config: Config, again: bool = False) -> RunRec
         scorer = Scorer(arm, encoder, task, config, base.record)
         undone.enter_context(folder.locked())
         undone.enter_context(products.on_any_cpu(device, config.train.dtype))
+        undone.enter_context(chunks_within(config.train.loss_memory_mb))
         folder.error_file.unlink(missing_ok=True)
         # Read again now that no other process can add scores.
         record = folder.finished_record()

@@ -38,7 +38,7 @@ def base_of(run: Path | str, dtype: str | None = None, device: str = "cpu", cach
 
     Args:
         dtype: float32 or bfloat16; None takes the run's own.
-        device: cpu, cuda, cuda:NUMBER, or auto.
+        device: as train.device.
         cache: the folder of converted models; None takes the run's own.
 
     Raises:
@@ -60,7 +60,7 @@ def load(source: Path | str, model: Any = None, *, dtype: str | None = None, dev
             model of transformers has no record that could be compared. None loads the one that the run was trained on
             (`source` must then be a run).
         dtype: the dtype of the base model that is loaded; None takes the run's own.
-        device: where this model is loaded: cpu, cuda, cuda:NUMBER, or auto.
+        device: where this model is loaded; as train.device.
 
     Returns:
         The adapter on the model. `.model` is ready to use; `.detach()` restores the base.

@@ -24,12 +24,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tiedlora.adapter.linear import execution_device
 from tiedlora.adapter.parts import seed_of
-from tiedlora.data.batching import Batch
+from tiedlora.data.batching import Batch, sent
 from tiedlora.data.encoding import Encoded
 from tiedlora.models import output_head
+from tiedlora.models.device import CPU
 from tiedlora.records.run_record import Halving
-from tiedlora.scoring.decoding import AnswerEnds, Output, batches_by_length, decode
+from tiedlora.scoring.decoding import AnswerEnds, Choose, Output, batches_by_length, decode
 from tiedlora.scoring.passes import reward_metric
 from tiedlora.scoring.split import Scorer, in_shares, with_halved_batches
 from tiedlora.tasks import Example
@@ -53,29 +55,32 @@ class Sampling:
         answers: how many answers are sampled.
         length: the most tokens of an answer.
         temperature: divides the logits.
+        device: where the logits are.
     """
 
-    def __init__(self, seed: int, step: int, answers: int, length: int, temperature: float) -> None:
+    def __init__(
+        self, seed: int, step: int, answers: int, length: int, temperature: float, device: torch.device = CPU
+    ) -> None:
         self.temperature = temperature
-        self.entropies = torch.zeros(answers, length)
+        self.entropies = torch.zeros(answers, length, device=device)
         """The entropy of the distribution that each token was drawn from, in nats, (answers, length)."""
         seeds = [seed_of(f"sample/{seed}/{step}/{answer}") for answer in range(answers)]
         draws = [torch.rand(length, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
-        self._uniform = torch.stack(draws)
+        # A running sum on a GPU has no fixed order of additions, and Apple's accelerator has no float64.
+        on_the_cpu = torch.are_deterministic_algorithms_enabled() or device.type == "mps"
+        self._uniform = sent(torch.stack(draws), CPU if on_the_cpu else device)
 
-    def of(self, numbers: Sequence[int]) -> Callable[[Any, Tensor, list[int], int], Tensor]:
+    def of(self, numbers: Sequence[int]) -> Choose:
         """`choose` of decode, for a batch of the answers with these numbers."""
+        answers_of_rows = sent(torch.tensor(list(numbers)), self.entropies.device)
 
-        def choose(model: Any, outputs: Tensor, rows: list[int], position: int) -> Tensor:
-            answers = [numbers[row] for row in rows]
+        def choose(model: Any, outputs: Tensor, rows: Tensor, position: int) -> Tensor:
+            answers = answers_of_rows[rows]
             logits = output_head.after(model, outputs.float()) / self.temperature
             probabilities, log_probabilities = logits.softmax(-1), logits.log_softmax(-1)
-            self.entropies[answers, position] = -(probabilities * log_probabilities).sum(-1).cpu()
-            # A running sum on a GPU has no fixed order of additions.
-            if torch.are_deterministic_algorithms_enabled():
-                probabilities = probabilities.cpu()
-            sums = probabilities.double().cumsum(-1)
-            drawn = self._uniform[answers, position].to(sums.device).unsqueeze(1) * sums[:, -1:]
+            self.entropies[answers, position] = -(probabilities * log_probabilities).sum(-1)
+            sums = probabilities.to(self._uniform.device).double().cumsum(-1)
+            drawn = self._uniform[answers.to(sums.device), position].unsqueeze(1) * sums[:, -1:]
             # The first token whose running sum is above the draw. Rounding must not lead beyond the last one.
             tokens = torch.searchsorted(sums, drawn, right=True).clamp(max=sums.shape[-1] - 1)
             return tokens.squeeze(1).to(outputs.device)
@@ -125,8 +130,7 @@ class Reward:
     def loss_sum(self, batch: Batch) -> Tensor:
         """The weighted sum of the cross-entropy over a batch's answer tokens."""
         answers = cast(Sequence[Answer], batch.rows)
-        # Before the pass: a copy to a GPU waits for what runs there.
-        weights = torch.tensor([answer.weight for answer in answers for _ in answer.target]).to(batch.targets.device)
+        weights = sent(torch.tensor([answer.weight for answer in answers for _ in answer.target]), batch.targets.device)
         losses = token_losses(self.scorer.arm.model, batch, self.config.temperature)
         return (weights.to(losses) * losses).sum().to(batch.targets.device)
 
@@ -136,7 +140,9 @@ class Reward:
         numbers = [number for number in self.rows_of_step(step) for _ in range(config.samples)]
         prompts, asked = [self.rows[n].prompt for n in numbers], [self.examples[n] for n in numbers]
         length = scorer.config.task.max_new_tokens
-        sampling = Sampling(scorer.config.seed, step, len(asked), length, config.temperature)
+        head = scorer.arm.model.get_output_embeddings()  # type: ignore[operator]
+        device = execution_device(head)
+        sampling = Sampling(scorer.config.seed, step, len(asked), length, config.temperature, device)
 
         def answers(smaller: Scorer) -> list[tuple[Output, float]]:
             task, score = smaller.config.task, smaller.config.score
@@ -147,7 +153,8 @@ class Reward:
 
             def of_batch(batch: list[int]) -> list[tuple[Output, float]]:
                 outputs = decode(model, [prompts[n] for n in batch], ends, choose=sampling.of(batch))
-                entropies = [sampling.entropies[n, : len(o.ids)].sum() for n, o in zip(batch, outputs, strict=True)]
+                table = sampling.entropies.cpu()
+                entropies = [table[n, : len(o.ids)].sum() for n, o in zip(batch, outputs, strict=True)]
                 return list(zip(outputs, map(float, entropies), strict=True))
 
             model: Any = smaller.arm.model

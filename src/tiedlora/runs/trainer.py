@@ -24,8 +24,8 @@ from tiedlora.data.batching import Batch, BatchSampler, collate, empty_batch, ev
 from tiedlora.data.encoding import Encoded
 from tiedlora.errors import StoppedEarly, UserError, is_out_of_memory
 from tiedlora.families import layout_of
-from tiedlora.models import attention, products
 from tiedlora.models import device as devices
+from tiedlora.models import products
 from tiedlora.models.arithmetic import block_weights
 from tiedlora.records import run_record
 from tiedlora.records.rows import AppendedFile, MetricsRow, ValidationLosses, read_validation_losses
@@ -42,7 +42,7 @@ from tiedlora.tracking.run_trackers import NONE, RunTrackers, TrackedRun, check_
 from tiedlora.training import checkpoint, compiling
 from tiedlora.training.distributed import World, join_world
 from tiedlora.training.loop import Loop, TrainState
-from tiedlora.training.loss import row_losses, target_loss
+from tiedlora.training.loss import chunks_within, row_losses, target_loss
 from tiedlora.training.optimizer import build_optimizer
 from tiedlora.training.signals import StopSignal
 
@@ -64,7 +64,8 @@ def carry_out(config: Config, folder: RunFolder) -> RunRecord | None:
     """
     algorithms = devices.only_deterministic_algorithms() if config.train.deterministic else nullcontext()
     device = devices.resolve_device(config.train.device)
-    with algorithms, products.on_any_cpu(device, config.train.dtype), join_world(device.type == "cuda") as world:
+    on_device = products.on_any_cpu(device, config.train.dtype)
+    with algorithms, on_device, chunks_within(config.train.loss_memory_mb), join_world(device.type) as world:
         # 1. Do all processes agree that the run is not finished?
         finished = None if config.force else folder.record()
         if world.any(finished is not None):
@@ -261,7 +262,7 @@ class Training:
                 log.info("this CPU has no instructions for bfloat16: products are computed in float32 and rounded")
             worth_it = compiling.decide(wish, device.type, block_weights(architecture), tokens, slow)
             compiled = compiling.compiled(blocks, model.get_input_embeddings()) if worth_it else nullcontext()
-            with attention.rows_not_packed(), compiled:
+            with compiled:
                 yield
         finally:
             if train.recompute_activations:

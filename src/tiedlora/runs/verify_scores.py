@@ -33,6 +33,7 @@ from tiedlora.runs.checked_run import CheckedRun, Finding, compared
 from tiedlora.scoring.split import Scorer, scored_model, with_halved_batches
 from tiedlora.scoring.summary import gains, summarise
 from tiedlora.tasks import Example
+from tiedlora.training.loss import chunks_within
 
 Asked = list[tuple[Example, PredictionRow, PredictionRow]]
 """Examples that were asked again, each with its row of now and the recorded one."""
@@ -171,7 +172,8 @@ def regenerate(run: CheckedRun, least: int) -> Iterator[Finding]:
             places = scores.executions or [run.record.execution]
             run.elsewhere = not all(place.rounds_as(execution_on(device)) for place in places)
             run.places = "; ".join(map(str, places))
-            with products.on_any_cpu(device, config.train.dtype):
+            memory_mb = config.train.loss_memory_mb
+            with products.on_any_cpu(device, config.train.dtype), chunks_within(memory_mb):
                 findings = list(_regenerate_split(run, scorer, split, least))
             yield from findings
 

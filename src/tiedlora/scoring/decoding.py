@@ -15,12 +15,15 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from tiedlora.data.batching import split_by_limits
+from tiedlora.data.batching import sent, split_by_limits
 from tiedlora.models.placement import input_device, without_gradients
 from tiedlora.training.loss import next_token_losses
 
 ENDED_SHARE_TO_COMPACT = 1 / 8
 """Finished rows leave their batch when they are this share of it, because to remove rows copies the cache."""
+LOOK_EVERY = 8
+"""After so many tokens, ends of answers are looked for. A look waits for the device, which then has nothing to do. On a
+CPU, ends are looked for at every token."""
 PART_OF_A_CHARACTER = "\ufffd"
 """What a tokenizer decodes to if the bytes are no whole character."""
 
@@ -48,9 +51,9 @@ def batches_by_length(lengths: Sequence[int], rows: int, tokens: int | None) -> 
     return [order[batch] for batch in split_by_limits([lengths[i] for i in order], rows, tokens)]
 
 
-Choose = Callable[[Any, Tensor, list[int], int], Tensor]
+Choose = Callable[[Any, Tensor, Tensor, int], Tensor]
 """How the next token of each row is chosen: from the model, the outputs of its head (rows, vocabulary), the number of
-the prompt of each row, and the number of tokens that the answers have so far -> token ids (rows,)."""
+the prompt of each row (rows,), and the number of tokens that the answers have so far -> token ids (rows,)."""
 
 
 @without_gradients
@@ -63,7 +66,8 @@ def decode(
 ) -> list[Output]:
     """Generate continuations of one batch, in the order of `prompts`.
 
-    The prompts are padded on the left. Finished rows leave the batch a few at a time.
+    The prompts are padded on the left. Finished rows leave the batch a few at a time. On a GPU, a row may get a few
+    tokens beyond its end before that is seen. They are cut off.
 
     Args:
         prompts: token ids, none empty.
@@ -71,43 +75,55 @@ def decode(
         choose: None takes the most likely token. The factor and the cap after the head do not change the order.
     """
     device = input_device(model)
+    look_every = 1 if device.type == "cpu" else LOOK_EVERY
     ids, mask, positions = padded_left(prompts, ends.end_ids[0], device)
     # Allocated once, for the prompts and all new tokens.
     cache = new_cache(model, ids.shape[1] + ends.max_new_tokens)
     written: list[list[int]] = [[] for _ in prompts]
     outputs: list[Output | None] = [None] * len(prompts)
     batch_rows = list(range(len(prompts)))  # the prompt at each index of the batch, which becomes smaller
+    numbers = torch.arange(len(prompts), device=device)
+    unseen: list[Tensor] = []  # the tokens since the last look
 
-    while None in outputs:
+    for position in range(ends.max_new_tokens):
         # 1. The next token of each row. The output head is computed at only one position of each row.
         head_outputs = model.get_output_embeddings()(hidden_states(model, ids, mask, positions, cache)[:, -1])
-        position = max(map(len, written))
-        tokens = choose(model, head_outputs, batch_rows, position) if choose else head_outputs.argmax(-1)
+        tokens = choose(model, head_outputs, numbers, position) if choose else head_outputs.argmax(-1)
         # The head may be on another device than the embedding (model.device_map).
         ids, mask, positions = tokens.to(device).unsqueeze(1), F.pad(mask, (0, 1), value=1), positions[:, -1:] + 1
-        # 2. The answers that end with it.
-        next_ids = tokens.tolist()
+        unseen.append(tokens)
+        if len(unseen) < look_every and position + 1 < ends.max_new_tokens:
+            continue
+        # 2. The answers that end with one of these tokens.
+        new_ids = torch.stack(unseen, 1).tolist()
+        unseen = []
         running = [index for index, row in enumerate(batch_rows) if outputs[row] is None]
         for index in running:
             row = batch_rows[index]
-            written[row].append(next_ids[index])
-            outputs[row] = ends.output(written[row])
+            for token in new_ids[index]:
+                written[row].append(token)
+                outputs[row] = ends.output(written[row])
+                if outputs[row]:
+                    break
         still_running = [index for index in running if outputs[batch_rows[index]] is None]
         progress(len(running) - len(still_running))
+        if not still_running:
+            break
         # 3. The batch without them.
-        if still_running and len(still_running) <= (1 - ENDED_SHARE_TO_COMPACT) * len(batch_rows):
+        if len(still_running) <= (1 - ENDED_SHARE_TO_COMPACT) * len(batch_rows):
             kept = torch.tensor(still_running, device=device)
             keep_rows(cache, kept)
             ids, mask, positions = ids[kept], mask[kept], positions[kept]
             batch_rows = [batch_rows[index] for index in still_running]
+            numbers = numbers[kept]
     return [output for output in outputs if output is not None]
 
 
 def padded_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids, attention mask and positions, each (prompts, longest prompt)."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    ids = sent(torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts]), device)
+    mask = sent(torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]), device)
     return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
 
 
@@ -182,28 +198,32 @@ def choice_log_likelihoods(
     """
     device, pad_id = input_device(model), 0
     texts = [list(choice) for prompt_choices in choices for choice in prompt_choices]
-    prompt_of = torch.tensor([row for row, own in enumerate(choices) for _ in own], device=device)
-    # 1. The prompts. Their last hidden state predicts the first token of each of their choices.
-    ids, mask, positions = padded_left(prompts, pad_id, device)
     longest = max(1, *map(len, texts)) - 1
+    padding = [longest - len(text[:-1]) for text in texts]
+    # 1. What the device needs.
+    ids, mask, positions = padded_left(prompts, pad_id, device)
+    prompt_of = sent(torch.tensor([row for row, own in enumerate(choices) for _ in own]), device)
+    # The choices without their last token, which predicts nothing that is scored.
+    texts_ids = [text[:-1] + [pad_id] * pads for text, pads in zip(texts, padding, strict=True)]
+    inputs = sent(torch.tensor(texts_ids, dtype=torch.long), device)
+    inputs_mask = sent(torch.tensor([[1] * (longest - pads) + [0] * pads for pads in padding]), device)
+    rows = torch.tensor([row for row, text in enumerate(texts) for _ in text], dtype=torch.long)
+    columns = torch.tensor([column for text in texts for column in range(len(text))], dtype=torch.long)
+    predicting = (sent(rows, device), sent(columns, device))
+    tokens = sent(torch.tensor([token for text in texts for token in text], dtype=torch.long), device)
+    # 2. The prompts. Their last hidden state predicts the first token of each of their choices.
     cache = new_cache(model, ids.shape[1] + longest)
     hidden = [hidden_states(model, ids, mask, positions, cache)[prompt_of, -1:]]
-    # 2. The choices without their last token, which predicts nothing that is scored.
+    # 3. The choices.
     if longest:
         keep_rows(cache, prompt_of)
-        padding = [longest - len(text[:-1]) for text in texts]
-        inputs = [text[:-1] + [pad_id] * pads for text, pads in zip(texts, padding, strict=True)]
-        inputs_mask = [[1] * (longest - pads) + [0] * pads for pads in padding]
-        full_mask = torch.cat([mask[prompt_of], torch.tensor(inputs_mask, device=device)], 1)
+        full_mask = torch.cat([mask[prompt_of], inputs_mask], 1)
         inputs_positions = positions[prompt_of, -1:] + 1 + torch.arange(longest, device=device)
-        hidden.append(hidden_states(model, torch.tensor(inputs, device=device), full_mask, inputs_positions, cache))
-    # 3. The log-likelihood of each token, summed over each choice.
-    states = torch.cat(hidden, 1)
-    rows = torch.tensor([row for row, text in enumerate(texts) for _ in text], dtype=torch.long, device=device)
-    columns = torch.tensor([column for text in texts for column in range(len(text))], dtype=torch.long, device=device)
-    tokens = torch.tensor([token for text in texts for token in text], dtype=torch.long, device=device)
-    sums = torch.zeros(len(texts), dtype=torch.float64, device=device)
-    sums.index_add_(0, rows, -next_token_losses(model, states[rows, columns], tokens).double().to(device))
+        hidden.append(hidden_states(model, inputs, full_mask, inputs_positions, cache))
+    # 4. The log-likelihood of each token, summed over each choice.
+    losses = next_token_losses(model, torch.cat(hidden, 1)[predicting], tokens)
+    # On the CPU, because Apple's accelerator has no float64.
+    sums = torch.zeros(len(texts), dtype=torch.float64).index_add_(0, rows, -losses.cpu().double())
     remaining = iter(sums.tolist())
     return [[next(remaining) for _ in own] for own in choices]
 

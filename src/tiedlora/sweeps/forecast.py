@@ -39,7 +39,7 @@ class Speeds:
     """How fast the runs of one model and task are."""
 
     row_tokens: float
-    """Mean tokens of a training row."""
+    """Mean tokens of a training row; with a reward, of a prompt and one answer."""
     training: float
     """Tokens a second of training steps. Losses are twice as fast: a forward pass is half of the arithmetic."""
     scoring: float
@@ -116,7 +116,7 @@ def observed_speeds(config: Config, tflops: float = TFLOPS) -> Speeds | None:
             kinds = ((one.train.dtype, one.objective.name) for one in (own, config))
             if len(set(kinds)) == 1 and training.tokens_per_s > 0 and training.steps * own.train.batch_size > 0:
                 records.append(record)
-                rows.append(training.steps * own.train.batch_size)
+                rows.append(training.steps * own.train.batch_size * answers_to_a_prompt(own))
         if len(records) == NEWEST_RUNS:
             break
     if not records:
@@ -167,6 +167,11 @@ def computed_speeds(config: Config, tflops: float) -> Speeds | None:
     )
 
 
+def answers_to_a_prompt(config: Config) -> int:
+    """How many rows a prompt of a step becomes: with a reward, its sampled answers."""
+    return config.objective.samples if config.objective.name == "reward" else 1
+
+
 def split_rows(config: Config, split: str) -> int:
     """How many rows of validation or test a run will be scored on; 0 if this is not known here.
 
@@ -194,10 +199,12 @@ def cost(config: Config, speeds: Speeds, rows: Mapping[str, int]) -> tuple[float
     """
     train, metrics = config.train, config.score.metrics
     batch_tokens = train.batch_size * speeds.row_tokens
-    tokens = train.steps * min(batch_tokens, train.batch_tokens or batch_tokens)
+    answers = answers_to_a_prompt(config)
+    # Answers are no part of the limit, because they are sampled after the step's prompts are chosen.
+    tokens = train.steps * answers * min(batch_tokens, train.batch_tokens or batch_tokens)
     reading, answering = speeds.row_tokens / (2 * speeds.training), 1 / speeds.scoring
     is_sampled = config.objective.name == "reward" and not speeds.has_sampling
-    sampled = train.steps * train.batch_size * config.objective.samples if is_sampled else 0
+    sampled = train.steps * train.batch_size * answers if is_sampled else 0
     evaluations = 2 + ((train.steps - 1) // train.validate_every if train.validate_every else 0)
     # 0 stands for an unknown number of rows, and null takes all.
     validated = min(filter(None, (train.validation_rows, rows["validation"])), default=0)

@@ -96,11 +96,11 @@ ALONE = World()
 
 
 @contextmanager
-def join_world(cuda: bool) -> Iterator[World]:
+def join_world(device: str) -> Iterator[World]:
     """Join the processes that torchrun or accelerate started; without them, this is the only process.
 
     Args:
-        cuda: whether the run uses GPUs. Then tensors on a GPU are summed with NCCL, and all others with gloo.
+        device: the type of device that the run uses. Tensors on GPUs are summed with NCCL, and all others with gloo.
 
     Raises:
         UserError: accelerate would shard the model, there are more processes than GPUs, or RANK is missing.
@@ -118,15 +118,17 @@ def join_world(cuda: bool) -> Iterator[World]:
     if "RANK" not in os.environ:
         raise UserError(f"WORLD_SIZE={size} without RANK: start the processes with torchrun, or unset WORLD_SIZE")
     world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
-    if cuda:
-        if world.local_index >= (gpus := torch.cuda.device_count()):
+    backend = "gloo"
+    if device != "cpu":
+        if world.local_index >= (gpus := torch.accelerator.device_count()):
             raise UserError(
                 f"torchrun: process {world.local_index} of this machine has no GPU (there are {gpus}); "
                 "lower --nproc-per-node, or train.device=cpu"
             )
-        torch.cuda.set_device(world.local_index)
-    # Gradients are summed where they are. Counts and votes stay on the CPU, so no step waits for its GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        torch.accelerator.set_device_index(world.local_index)
+        # Gradients are summed where they are. Counts and votes stay on the CPU, so no step waits for its GPU.
+        backend = f"cpu:gloo,{device}:{dist.get_default_backend_for_device(device)}"
+    dist.init_process_group(backend)
     try:
         yield world
     finally:

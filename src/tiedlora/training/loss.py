@@ -5,6 +5,9 @@ padding positions, which the loss does not need. Here the output head is applied
 a time. The head is frozen. So the gradient of a chunk with respect to the hidden states is computed in the forward
 pass, and the chunk's logits are freed. Memory then does not grow with the vocabulary times the batch, and there are
 two products with the head instead of three.
+
+Each chunk reads all weights of the head, so short chunks are bound by the speed of the memory. A chunk has as many
+positions as `train.loss_memory_mb` allows, and on a CPU no more than are enough for the full speed of a product.
 """
 
 from __future__ import annotations
@@ -17,20 +20,37 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tiedlora.config.schema import TrainConfig
 from tiedlora.data.batching import Batch
 from tiedlora.errors import UserError
-from tiedlora.models import output_head
+from tiedlora.models import attention, output_head
+from tiedlora.models.arithmetic import CPU_CHUNK_ROWS
 from tiedlora.models.placement import weights_in_place, without_gradients
 
-CHUNK = 256
-"""The most target positions of a chunk. They are enough for the full speed of matrix products."""
-LOGITS = CHUNK * 49_152
-"""The most logits of a chunk, 50 MB in float32. A larger vocabulary gives shorter chunks, so memory does not grow."""
+_memory_mb = TrainConfig().loss_memory_mb
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """How many positions a chunk has: CHUNK, or as many as LOGITS allows."""
-    return max(1, min(CHUNK, LOGITS // vocabulary))
+@contextmanager
+def chunks_within(megabytes: int) -> Iterator[None]:
+    """Inside the block, a chunk's tensors of the logits' size have so much memory together (train.loss_memory_mb)."""
+    global _memory_mb
+    before, _memory_mb = _memory_mb, megabytes
+    try:
+        yield
+    finally:
+        _memory_mb = before
+
+
+def chunk_rows(vocabulary: int, device: torch.device, bytes_per_logit: int) -> int:
+    """How many positions a chunk has, at least one."""
+    rows = _memory_mb * 10**6 // (bytes_per_logit * vocabulary)
+    return max(1, min(rows, CPU_CHUNK_ROWS) if device.type == "cpu" else rows)
+
+
+def loss_bytes_per_logit(dtype: torch.dtype, softcap: float | None) -> int:
+    """The memory of each logit of a chunk of the loss: its sum's dtype, the head's if it is another one, the cap."""
+    wide = _summed_in(dtype)
+    return wide.itemsize * (1 if softcap is None else 2) + (0 if wide == dtype else dtype.itemsize)
 
 
 def log_likelihoods_(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,6 +75,31 @@ def _summed_in(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _chunk(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The losses of some positions, and their gradient with respect to `hidden` if it is wanted.
+
+    This is a function so that the logits of one chunk are freed before those of the next are computed.
+    """
+    logits, slope = F.linear(hidden, weight, bias).to(_summed_in(hidden.dtype)), None
+    if softcap is not None:
+        logits.div_(softcap).tanh_()
+        if with_gradient:
+            # 1 - tanh^2
+            slope = logits.square().neg_().add_(1)
+        logits.mul_(softcap)
+    log_probs, sums = log_likelihoods_(logits, targets)
+    if not with_gradient:
+        return -log_probs, None
+    # What log_likelihoods_ has left in the logits becomes the softmax, less 1 at each target.
+    delta = logits.div_(sums)
+    delta[torch.arange(len(targets), device=delta.device), targets] -= 1
+    if slope is not None:
+        delta *= slope
+    return -log_probs, delta.to(weight.dtype) @ weight
+
+
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -62,23 +107,14 @@ class _TokenLosses(torch.autograd.Function):
     ) -> Tensor:
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = torch.zeros(len(labels), dtype=_summed_in(hidden.dtype), device=hidden.device)
-        size = chunk_rows(weight.shape[0])
+        size = chunk_rows(weight.shape[0], hidden.device, loss_bytes_per_logit(hidden.dtype, softcap))
         for start in range(0, len(labels), size):
             places = slice(start, start + size)
-            logits, targets = F.linear(hidden[places], weight, bias).to(losses.dtype), labels[places]
-            slope = None
-            if softcap is not None:
-                squashed = torch.tanh(logits / softcap)
-                logits, slope = softcap * squashed, 1 - squashed.square()
-            log_probs, sums = log_likelihoods_(logits, targets)
-            losses[places] = -log_probs
-            if gradient is not None:
-                # What log_likelihoods_ has left in the logits becomes the softmax, less 1 at each target.
-                delta = logits.div_(sums)
-                delta[torch.arange(len(targets), device=delta.device), targets] -= 1
-                if slope is not None:
-                    delta *= slope
-                gradient[places] = delta.to(weight.dtype) @ weight
+            losses[places], of_hidden = _chunk(
+                hidden[places], weight, bias, labels[places], softcap, gradient is not None
+            )
+            if gradient is not None and of_hidden is not None:
+                gradient[places] = of_hidden
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return losses
@@ -134,7 +170,8 @@ def next_token_losses(model: Any, states: Tensor, tokens: Tensor, temperature: f
 
 def _states(model: Any, batch: Batch) -> Tensor:
     """The hidden states of a batch's target positions."""
-    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    with attention.rows_not_packed():
+        hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, batch.positions.to(hidden.device))  # type: ignore[no-any-return]
 
 
@@ -159,7 +196,8 @@ def row_losses(model: Any, batch: Batch) -> list[tuple[float, int]]:
     Raises:
         ValueError: as target_loss.
     """
-    sums = batch.sums_by_row(token_losses(model, batch).double().to(batch.targets.device))
+    # In float64 on the CPU, because Apple's accelerator has no float64.
+    sums = batch.sums_by_row(token_losses(model, batch).cpu().double())
     return list(zip(sums.tolist(), [len(row.target) for row in batch.rows], strict=True))
 
 
@@ -177,12 +215,13 @@ def row_divergences(model: Any, batch: Batch, as_base: Callable[[], AbstractCont
         adapted = inputs[0]
     found = []
     with as_base(), _head_inputs(model, _states(model, batch), batch.targets) as (base, weight, bias, _, softcap):
-        size = chunk_rows(weight.shape[0])
+        # The logits and their logarithms of both, and two more while these are multiplied.
+        size = chunk_rows(weight.shape[0], base.device, 6 * _summed_in(base.dtype).itemsize)
         for states in zip(torch.split(adapted, size), torch.split(base, size), strict=True):
             log_p, log_q = (_log_softmax(own, weight, bias, softcap) for own in states)
-            found.append((log_p.exp() * (log_p - log_q)).sum(-1).double())
-    divergences = torch.cat(found).to(batch.targets.device)
-    return batch.sums_by_row(divergences) / batch.sums_by_row(torch.ones_like(batch.targets))
+            found.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    divergences = torch.cat(found).cpu().double()
+    return batch.sums_by_row(divergences) / batch.sums_by_row(torch.ones_like(divergences))
 
 
 def _log_softmax(states: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:

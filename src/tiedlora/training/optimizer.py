@@ -15,15 +15,15 @@ from tiedlora.adapter.parts import ParameterGroup
 from tiedlora.config.schema import TrainConfig
 
 
-def _adamw(groups: list[dict[str, Any]], train: TrainConfig, on_cuda: bool) -> torch.optim.Optimizer:
+def _adamw(groups: list[dict[str, Any]], train: TrainConfig, fused: bool) -> torch.optim.Optimizer:
     betas = (train.betas[0], train.betas[1])
-    return torch.optim.AdamW(groups, lr=train.lr or 0.0, betas=betas, eps=train.eps, fused=on_cuda)
+    return torch.optim.AdamW(groups, lr=train.lr or 0.0, betas=betas, eps=train.eps, fused=fused)
 
 
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], TrainConfig, bool], torch.optim.Optimizer]] = {
     "adamw": _adamw,
 }
-"""`train.optimizer` -> a function of (parameter groups, settings, whether the parameters are on a GPU)."""
+"""`train.optimizer` -> a function of (parameter groups, settings, whether to update all parameters at once)."""
 
 
 SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
@@ -57,4 +57,5 @@ def build_optimizer(groups: Sequence[ParameterGroup], train: TrainConfig) -> tor
         {"params": g.parameters, "lr_factor": g.lr_factor, "weight_decay": train.weight_decay if g.decays else 0.0}
         for g in groups
     ]
-    return OPTIMIZERS[train.optimizer](settings, train, groups[0].parameters[0].is_cuda)
+    # Accelerators have kernels that update all parameters at once. A CPU has them too, and they round otherwise.
+    return OPTIMIZERS[train.optimizer](settings, train, groups[0].parameters[0].device.type != "cpu")
