@@ -17,7 +17,7 @@ from playwright.sync_api import Page, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.browser import ARGUMENTS, CHROMIUM
-from helpers.report_runs import add_scores, make_record, prediction_rows, write_run
+from helpers.report_runs import make_record, prediction_rows, score_run, write_run
 
 from tiedlora.page import write
 
@@ -45,8 +45,8 @@ def write_runs(root: Path, rows: int, runs: int) -> None:
             ending = "" if generator.random() < 0.2 else sentence(generator, 20)
             ours[place] = replaced(row, prompts[place], f"{beginnings[place]} {ending}\n#### {int(scores[place])}")
         record = make_record(name="LoRA" if number % 2 else "TABuv", seed=number // 2)
-        record = add_scores(record, "validation", ours, base)
-        write_run(root, record, {"validation": ours, "validation.base": base})
+        write_run(root, record)
+        score_run(root, record, "validation", ours, base)
 
 
 def replaced(row, prompt, output):

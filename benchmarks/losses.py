@@ -30,8 +30,8 @@ from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import FORGETTING
 from tiedlora.export.folder import to_merged
 from tiedlora.records.loss_metrics import TARGET_LOSS
-from tiedlora.records.rows import read_predictions
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.scores import read_scores
 from tiedlora.runs import run
 from tiedlora.runs.library import config_of
 from tiedlora.tasks import load_examples, load_task
@@ -113,7 +113,7 @@ def target_losses(folder: RunFolder, model: Any, tokenizer: Any, split: str) -> 
 
 def passage_losses(folder: RunFolder, model: Any, tokenizer: Any) -> list[PlainLoss]:
     """The loss of each passage of neutral text after its first token."""
-    rows = read_predictions(folder.predictions_file(FORGETTING))
+    rows = read_scores(folder.scores_file(FORGETTING, "losses")).rows
     passages = [tokenizer(row.references[0]).input_ids for row in rows]
     # The passages are consecutive pieces of the file: nothing is left out, and nothing is there twice.
     text = (folder.path.parent / "neutral.txt").read_text()
@@ -132,12 +132,13 @@ class Difference:
     """Of the mean of transformers' own losses."""
 
 
-def difference(folder: RunFolder, split: str, kind: str, plain: Sequence[PlainLoss]) -> Difference:
-    """The difference of a run's recorded losses from those that transformers computed."""
-    recorded = [row.scores[TARGET_LOSS] for row in read_predictions(folder.predictions_file(f"{split}{kind}"))]
-    scores = folder.finished_record().scores[split]
-    means = scores.base if kind else scores.metrics
-    mean = (means or {})[TARGET_LOSS].value
+def difference(folder: RunFolder, split: str, base: bool, plain: Sequence[PlainLoss]) -> Difference:
+    """The difference of a run's recorded losses, or those of its base, from those that transformers computed."""
+    scored = read_scores(folder.scores_file(split, "losses"))
+    if base:
+        scored = read_scores(folder.base_scores_file(scored.record.base))
+    recorded = [row.scores[TARGET_LOSS] for row in scored.rows]
+    mean = scored.record.metrics[TARGET_LOSS].value
     return Difference(
         abs(mean - statistics.mean(loss.of_logits for loss in plain)),
         max(abs(ours - loss.of_logits) for ours, loss in zip(recorded, plain, strict=True)),
@@ -145,20 +146,21 @@ def difference(folder: RunFolder, split: str, kind: str, plain: Sequence[PlainLo
     )
 
 
-def differences(folder: RunFolder, kinds: Sequence[str] = ("", ".base")) -> dict[str, Difference]:
+def differences(folder: RunFolder, of_base: Sequence[bool] = (False, True)) -> dict[str, Difference]:
     """Name of a score -> its difference from transformers.
 
     Args:
-        kinds: "" for the adapted model, ".base" for the base model.
+        of_base: whether the base model is compared; both it and the adapted one by default.
     """
     found = {}
     base, tokenizer = base_model(config_of(folder.path).cache)
-    for kind in kinds:
-        model = base if kind else adapted_model(folder)
+    for is_base in of_base:
+        model = base if is_base else adapted_model(folder)
+        ending = " of the base" if is_base else ""
         plain = target_losses(folder, model, tokenizer, "validation")
-        found[f"target_loss{kind}"] = difference(folder, "validation", kind, plain)
+        found[f"{TARGET_LOSS}{ending}"] = difference(folder, "validation", is_base, plain)
         plain = passage_losses(folder, model, tokenizer)
-        found[f"{FORGETTING}{kind}"] = difference(folder, FORGETTING, kind, plain)
+        found[f"{FORGETTING}{ending}"] = difference(folder, FORGETTING, is_base, plain)
     return found
 
 

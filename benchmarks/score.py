@@ -65,8 +65,8 @@ def ours(
 
     attached = attach_adapter(base.model, load(folder / "ours")[0])
     scorer = Scorer(attached, encoder, load_task(run_config.task), run_config, base.record)
-    predictions = scorer.rows(examples, "ours", losses=False)
-    return [row.output for row in predictions], sum(row.output_tokens for row in predictions)
+    rows = scorer.rows(examples, "ours", "answers")
+    return [row.output for row in rows], sum(row.output_tokens for row in rows)
 
 
 def theirs(

@@ -17,6 +17,7 @@ from tiedlora.config.project import filled
 from tiedlora.config.schema import SCORED_SPLITS
 from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.scores import read_run_scores
 
 
 def main() -> None:
@@ -40,7 +41,8 @@ def main() -> None:
         raise UserError(f"--cache {arguments.cache}: is for --to merged, which loads the base model")
     run = RunFolder(arguments.run.absolute())
     record = run.finished_record()
-    if arguments.split and arguments.split not in record.scores:
+    scored = read_run_scores(run).splits
+    if arguments.split and arguments.split not in scored:
         raise UserError(
             f"--split {arguments.split}: the run has no scores of it; scripts/score.py RUN --split {arguments.split} "
             "makes them"
@@ -53,7 +55,7 @@ def main() -> None:
     # Imported here because torch and transformers take seconds, and a wrong argument should be refused before that.
     from tiedlora.export.folder import ExportOptions, export_run
 
-    split = arguments.split or next((name for name in SCORED_SPLITS if name in record.scores), "validation")
+    split = arguments.split or next((name for name in SCORED_SPLITS if name in scored), "validation")
     options = ExportOptions(arguments.to, arguments.dtype or "float32", split, arguments.cache)
     export_run(run, record, config, out, options)
     files = sorted(path for path in out.rglob("*") if path.is_file())

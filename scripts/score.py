@@ -1,7 +1,7 @@
-"""python scripts/score.py RUN --split test: score more of a finished run, without changing its identity.
+"""python scripts/score.py RUN --split test: score more of a finished run, without changing what it has.
 
-RUN is a run's folder. The split's predictions are written to RUN/predictions/, and its scores to RUN/result.json.
-`--metrics target_loss` scores only the loss of the split's targets, without generation. What is recorded stays.
+RUN is a run's folder. Each kind of scores is a new file, such as RUN/scores/test.answers.jsonl.
+`--metrics target_loss` scores only the loss of the split's targets, without generation.
 `--drift` adds the divergence from the base model, as score.drift of train.py.
 `--forgetting FILE.txt` scores the loss of a text that has nothing to do with the task.
 """
@@ -14,8 +14,9 @@ from tiedlora import errors
 from tiedlora.config import compose
 from tiedlora.config.project import filled, folder_of
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.scores import read_run_scores
 from tiedlora.records.summary import terminal_lines
-from tiedlora.scoring.passes import lacks_scores, wanted_passes
+from tiedlora.scoring.wanted import lacks_scores, wanted_scores
 from tiedlora.tasks import load_task
 from tiedlora.tracking.progress import show_log
 from tiedlora.training import signals
@@ -39,7 +40,7 @@ def main() -> None:
         default=folder_of("TIEDLORA_CACHE"),
         help="default: where the run kept it",
     )
-    parser.add_argument("--again", action="store_true", help="score again what was scored before")
+    parser.add_argument("--again", action="store_true", help="score again, and replace the files")
     arguments = parser.parse_args()
     show_log()
     folder = RunFolder(arguments.run.absolute())
@@ -57,16 +58,16 @@ def main() -> None:
         drift=arguments.drift,
     )
     # A wrong name of a metric is an error, also if nothing is missing.
-    wanted_passes(score.metrics, task, score.drift)
-    if arguments.again or arguments.forgetting or lacks_scores(score, record):
+    wanted_scores(score.metrics, task, score.drift)
+    if arguments.again or lacks_scores(score, folder):
         # It imports torch, which takes seconds: --help and a wrong metric do not need it.
         from tiedlora.models.device import here_or_auto
         from tiedlora.runs.add_scores import add_scores
 
         config.train.device = here_or_auto(config.train.device)
         config.data_root, config.score = compose.rows_are_in(config, arguments.data_root), score
-        record = add_scores(folder, config, arguments.again)
-    print(terminal_lines(record, folder.path))
+        add_scores(folder, config, arguments.again)
+    print(terminal_lines(record, read_run_scores(folder), folder.path))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """python scripts/verify.py RUN: does a finished run agree with its record, and can its numbers be reproduced?
 
-It checks the configuration, and the data, the adapter and the base model by their hashes. It recomputes the scores from
-predictions/, and regenerates a sample from the adapter. Exit code 0: everything that was checked agrees; 3: something
-does not agree.
+It checks the configuration, and the data, the adapter and the base model by their hashes. It computes the metrics of
+each file of scores from its rows, and scores a sample of the rows again with the adapter. Exit code 0: everything that
+was checked agrees; 3: something does not agree.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def main() -> None:
         type=filled("--data-root", str),
         help="as data_root= of train.py; default: the run's own, or TIEDLORA_DATA",
     )
-    parser.add_argument("--rows", type=int, default=32, help="predictions per split to regenerate, at least; 0: none")
+    parser.add_argument("--rows", type=int, default=32, help="rows of each file to score again, at least; 0: none")
     parser.add_argument(
         "--cache", type=filled("--cache", Path), default=folder_of("TIEDLORA_CACHE"), help="as cache= of train.py"
     )

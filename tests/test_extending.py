@@ -89,7 +89,9 @@ def folder(extended) -> Path:
 def test_one_run_uses_everything(folder):
     record = json.loads((folder / "result.json").read_text())
     train = record["identity"]["train"]
-    assert list(record["scores"]["validation"]["metrics"]) == METRICS
+    files = [folder / "scores" / f"validation.{kind}.jsonl" for kind in ("answers", "losses")]
+    firsts = [json.loads(file.read_text().splitlines()[0]) for file in files]
+    assert [metric for first in firsts for metric in first["metrics"]] == METRICS
     assert (train["optimizer"], train["momentum"]) == ("sgd", 0.9)
 
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -18,7 +18,7 @@ ORDER = (
 """From top to bottom: a package may import what stands after it. CONTRIBUTING.md lists the packages in this order."""
 HYDRA_ROOMS = ("sweeps", "config")
 NO_TORCH = ("sweeps", "page", "analysis", "records", "config", "tasks", "tracking")
-WITHOUT_TORCH = ("runs.run", "runs.inputs", "scoring.summary", "scoring.passes", "models.identity")
+WITHOUT_TORCH = ("runs.run", "runs.inputs", "analysis.metrics", "scoring.wanted", "models.identity")
 """Modules of other packages that must import no torch either."""
 TRACKERS = {("tracking", name) for name in ("wandb", "trackio", "mlflow")}
 """Modules that import a tracker's package."""

@@ -99,7 +99,7 @@ WORDS = "model=tiny_llama outputs=outputs cache=cache"
 SCRIPTS = {
     "a report of nothing": ("report.py nowhere", "nowhere: is not a folder; give the one with the runs"),
     "a report of no run": ("report.py empty", "empty: no run is there; give the folder with the runs (outputs="),
-    "a report of a bare plan": ("report.py study", "the study has no runs yet; scripts/study.py run study makes them"),
+    "a report of a bare plan": ("report.py study", "the study has no runs yet; scripts/study.py run"),
     "a report with no claims": ("report.py outputs --claims nowhere", "nowhere: no such file; claims are YAML files"),
     "a report on another claim": ("report.py outputs --claims claims.yaml", "(did you mean TABuv?)"),
     "a report into no README": ("report.py outputs --readme nowhere.md", "nowhere.md"),
@@ -133,7 +133,10 @@ SCRIPTS = {
     "records of no run": ("study.py export study --outputs nowhere", "so there are no runs to export"),
     "records that are not there": ("study.py restore study", "the study has no runs yet; scripts/study.py run"),
     "two runs to repeat": ("study.py repeat study a b", "repeat: takes one run; give its id"),
-    "a run that is none": ("study.py verify study a", "the study has no runs yet; scripts/study.py run study makes them"),
+    "a run that is none": (
+        "study.py verify study a",
+        "the study has no runs yet; scripts/study.py run study makes them",
+    ),
 }
 COMMANDS = {
     **{what: (f"../train.py {words}", says) for what, (words, says) in TRAIN.items()},

@@ -32,10 +32,10 @@ def test_every_table_has_the_numbers_of_the_records_which_have_a_clean_commit_an
         assert readme.filled(text, report) == text, f"{page}: write it with scripts/report.py {folder} --readme"
     for run in report.runs:
         assert all(code.dirty is False for code in run.record.code_versions), run.run_id
-        assert "texts" in (run.record.left_out or []), run.run_id
+        assert not run.record.keeps_texts, run.run_id
         assert run.record.config.tree["data_root"] is None, run.run_id
-    for path in [*folder.glob("runs/*/predictions/*"), *folder.glob("runs/base/*")]:
-        lines = storage.read_content(path.with_name(path.name.removesuffix(".gz"))).splitlines()
+    for path in [*folder.glob("runs/*/scores/*"), *folder.glob("runs/base/*")]:
+        _, *lines = storage.read_content(path.with_name(path.name.removesuffix(".gz"))).splitlines()
         assert all(b'"prompt": "", ' in line and b'"references": [], ' in line for line in lines), path
 
 

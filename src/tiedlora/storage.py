@@ -173,10 +173,22 @@ def read_content(path: Path) -> bytes:
     return _decompressed(beside) if beside.exists() and not path.exists() else read_bytes(path)
 
 
-def content_sha256(path: Path) -> str | None:
-    """The sha256 of the content of a file, in hexadecimal, also if it is stored compressed; None if it is missing."""
-    is_here = path.exists() or _compressed(path).exists()
-    return hashlib.sha256(read_content(path)).hexdigest() if is_here else None
+def first_line(path: Path) -> bytes:
+    """The first line of a file, or of path.gz if only this is there. The rest is not read."""
+    beside = _compressed(path)
+    if path.exists() or not beside.exists():
+        with _regular(path) as file:
+            return file.readline()
+    try:
+        with _regular(beside) as file, gzip.open(file) as content:
+            return content.readline()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{beside}: is not a readable gzip file ({error})") from None
+
+
+def is_here(path: Path) -> bool:
+    """Whether a file is there, as it is or compressed."""
+    return path.exists() or _compressed(path).exists()
 
 
 def _compressed(path: Path) -> Path:

@@ -44,7 +44,7 @@ def _sign(match: re.Match[str]) -> str:
 
 def shortened(text: str, most: int) -> str:
     """A text of a prediction with visible control characters, and at most so many characters."""
-    more = f" … ({len(text) - most:,} more characters in predictions/)" if len(text) > most else ""
+    more = f" … ({len(text) - most:,} more characters in scores/)" if len(text) > most else ""
     return visible_lines(text[:most] + more)
 
 

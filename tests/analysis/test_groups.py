@@ -1,6 +1,6 @@
 """Groups: which runs are averaged, at which learning rate, and what is marked or refused."""
 
-from helpers.hostile import put
+from helpers.hostile import put_in_scores
 from helpers.report_runs import BASE, GOOD, make_record, primary_row, scored_run, write_config
 
 from tiedlora.analysis.groups import differing_values, group_runs
@@ -118,7 +118,8 @@ def test_a_run_that_was_continued_elsewhere_is_marked(tmp_path):
 
 def test_groups_on_other_rows_are_not_subtracted(tmp_path):
     scored_run(tmp_path, GOOD, BASE, name="LoRA")
-    put(scored_run(tmp_path, GOOD, BASE), "scores.validation.digest", "other rows")
+    folder = scored_run(tmp_path, GOOD, BASE)
+    put_in_scores(folder / "scores" / "validation.answers.jsonl", "digest", "other rows")
     row = primary_row(write.build([tmp_path]).rows, "TABuv")
     assert row.score is not None
     assert row.against.difference is None

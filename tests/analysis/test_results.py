@@ -5,15 +5,16 @@ import json
 
 import numpy as np
 import pytest
+from helpers.hostile import change_rows
 from helpers.report_runs import (
     BASE,
     GOOD,
     METRIC,
-    add_scores,
     make_config,
     make_record,
     prediction_rows,
     primary_row,
+    score_run,
     scored_run,
     world,
     write_run,
@@ -23,6 +24,8 @@ from tiedlora.analysis import intervals
 from tiedlora.analysis.intervals import pseudo_values
 from tiedlora.errors import UserError
 from tiedlora.page import write
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.scores import read_scores
 from tiedlora.tasks import Example, load_task
 
 
@@ -31,12 +34,12 @@ def test_every_number_equals_a_recomputation_from_predictions(tmp_path):
     rows = write.build([tmp_path]).rows
     lora = primary_row(rows, "LoRA")
     for row in rows:
-        ours = np.array([recomputed(run.path, "validation") for run in row.group.runs])
-        base = recomputed(row.group.runs[0].path, "validation.base")
+        ours = np.array([recomputed(run.path) for run in row.group.runs])
+        base = recomputed(row.group.runs[0].path, base=True)
         assert row.score.value == pytest.approx(ours.mean())
         assert row.gain.value == pytest.approx((ours - base).mean())
         if row.group.label != "LoRA":
-            theirs = np.array([recomputed(run.path, "validation") for run in lora.group.runs])
+            theirs = np.array([recomputed(run.path) for run in lora.group.runs])
             per_seed = ours.mean(1) - theirs.mean(1)
             # Student's t by hand: 3.182 is the 97.5 % point of 3 degrees of freedom.
             half = 3.18245 * per_seed.std(ddof=1) / 2
@@ -45,9 +48,12 @@ def test_every_number_equals_a_recomputation_from_predictions(tmp_path):
             assert row.against.retained.value == pytest.approx((ours - base).mean() / (theirs - base).mean())
 
 
-def recomputed(folder, name):
-    lines = (folder / "predictions" / f"{name}.jsonl").read_text().splitlines()
-    return np.array([json.loads(line)["scores"][METRIC] for line in lines])
+def recomputed(path, base=False):
+    folder = RunFolder(path)
+    file = folder.scores_file("validation", "answers")
+    if base:
+        file = folder.base_scores_file(read_scores(file).record.base)
+    return np.array([json.loads(line)["scores"][METRIC] for line in file.read_text().splitlines()[1:]])
 
 
 def numbers(interval):
@@ -63,7 +69,7 @@ def test_one_run_has_the_intervals_of_its_record_which_are_those_of_its_rows(tmp
         ours, base = generator.beta([[2], [1]], 5, (2, 200))
     scored_run(tmp_path, ours, base, metric="score")
     row = primary_row(write.build([tmp_path]).rows, "TABuv")
-    recorded = row.group.runs[0].splits["validation"]
+    (recorded,) = row.group.runs[0].scores.of("validation")
     assert (row.score.examples, row.gain.examples) == (recorded.metrics["score"], recorded.gain["score"])
     assert row.score.seeds is None
     paired = intervals.over_examples(ours[None], base[None])
@@ -80,25 +86,28 @@ def test_one_run_has_the_intervals_of_its_record_for_a_corpus_metric_too(tmp_pat
         dataclasses.replace(row, output=output, scores=task.score(output, Example(row.id, "", reference, (reference,))))
         for row, output, reference in zip(prediction_rows([0.0] * 40), outputs, references, strict=True)
     ]
-    record = add_scores(make_record(task="iwslt2017", kind="iwslt2017"), "test", ours, task=task)
-    write_run(tmp_path, record, {"test": ours})
+    record = make_record(task="iwslt2017", kind="iwslt2017")
+    write_run(tmp_path, record)
+    recorded = score_run(tmp_path, record, "test", ours, task=task)["answers"]
     rows = write.build([tmp_path]).rows
     assert [row.measure.metric for row in rows] == ["bleu", "chrf"]
     for row in rows:
-        assert row.score.examples == record.scores["test"].metrics[row.measure.metric]
+        assert row.score.examples == recorded.metrics[row.measure.metric]
         assert row.score.examples.low < row.score.value < row.score.examples.high
 
 
-def test_predictions_that_disagree_with_the_record_give_no_interval(tmp_path):
-    folder, other = (scored_run(tmp_path, GOOD, BASE, seed=seed) for seed in range(2))
-    for path in (folder / "predictions" / "validation.base.jsonl", other / "predictions" / "validation.jsonl"):
-        path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+def test_rows_that_disagree_with_their_first_line_give_no_interval(tmp_path):
+    folder, other = (RunFolder(scored_run(tmp_path, GOOD, BASE, seed=seed)) for seed in range(2))
+    own, others = (each.scores_file("validation", "answers") for each in (folder, other))
+    for path in (folder.base_scores_file(read_scores(own).record.base), others):
+        head, *rows = path.read_text().splitlines(keepends=True)
+        path.write_text(head + "".join(reversed(rows)))
+        change_rows(path, lambda row: None)
         row = primary_row(write.build([tmp_path]).rows, "TABuv")
         assert row.gain.examples is None, "rows in another order"
         assert len([note for note in row.notes if "no interval over examples" in note]) == 1
-    assert any("its predictions are of other examples" in note for note in row.notes)
-    path = folder / "predictions" / "validation.jsonl"
-    path.write_text(path.read_text().replace("1.0", "0.0", 1))
+    assert any("its scores are of other examples" in note for note in row.notes)
+    change_rows(own, lambda row: row.update(scores={METRIC: 0.0}), [0])
     row = primary_row(write.build([tmp_path]).rows, "TABuv")
     assert row.score.examples is None
     assert any("verify.py" in note for note in row.notes)

@@ -11,7 +11,7 @@ from tiedlora.records.rows import MetricsRow
 
 def test_what_is_no_finished_run_is_listed_with_its_reason(tmp_path):
     scored_run(tmp_path, GOOD, BASE)
-    for name in ("base", "sweeps", ".hidden"):
+    for name in ("sweeps", ".hidden"):
         (tmp_path / name).mkdir()
     (tmp_path / "photos").mkdir()
     unfinished = tmp_path / "LoRA-r8-chain_sum-tiny-s0-0123456789"

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.hostile import put_in_scores
 from helpers.report_runs import (
-    add_scores,
     diverge,
     make_record,
     prediction_rows,
     report_of_claim,
+    score_run,
     scored_run,
     world,
     write_run,
@@ -113,11 +114,9 @@ class TestSensitivity:
 
     def test_without_a_base_beside_the_weakest_arm_it_is_not_shown(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.75, "TA": 0.4}, **SURE)
-        for file in (tmp_path / "runs").glob("[LT]*A-*/result.json"):
-            tree = json.loads(file.read_text())
-            for key in ("base", "gain"):
-                tree["scores"]["validation"].pop(key)
-            file.write_text(json.dumps(tree))
+        for file in (tmp_path / "runs").glob("[LT]*A-*/scores/*.jsonl"):
+            put_in_scores(file, "base", "")
+            put_in_scores(file, "gain", {})
         (answer,) = trial(tmp_path).answers
         assert answer.verdict == "supported"
         assert "no base was scored beside TA r=8" in answer.reason
@@ -347,9 +346,10 @@ class TestClusters:
             dataclasses.replace(row, cluster=name)
             for row, name in zip(prediction_rows((np.arange(200) < 70).astype(float)), names, strict=True)
         ]
-        record = add_scores(make_record(), "validation", rows)
-        assert record.scores["validation"].metrics["exact_match_strict"].method == "wilson"
-        write_run(tmp_path, record, {"validation": rows})
+        record = make_record()
+        write_run(tmp_path, record)
+        scored = score_run(tmp_path, record, "validation", rows)["answers"]
+        assert scored.metrics["exact_match_strict"].method == "wilson"
         (row,) = write.build([tmp_path]).rows
         assert "rows of only 3 clusters: intervals hold for these alone" in row.notes
 
@@ -362,7 +362,9 @@ class TestClusters:
             root = tmp_path / study / "runs"
             for seed in range(3):
                 kept = rows if (study, seed) == ("partly", 0) else own
-                write_run(root, add_scores(make_record(seed=seed), "validation", kept), {"validation": kept})
+                record = make_record(seed=seed)
+                write_run(root, record)
+                score_run(root, record, "validation", kept)
             if study == "listed":
                 clusters = {"chain_sum": {row.id: row.cluster for row in named}}
                 (tmp_path / study / "clusters.json").write_text(json.dumps(clusters))
@@ -385,13 +387,12 @@ class TestClusters:
         assert found[0].findings.retains_at_least != found[1].findings.retains_at_least
         assert "200 rows in 10 clusters" in found[1].reason
 
-    def test_a_runs_own_interval_is_over_clusters(self):
+    def test_a_runs_own_interval_is_over_clusters(self, tmp_path):
         rows = [
             dataclasses.replace(row, cluster=str(number // 20))
             for number, row in enumerate(prediction_rows((np.arange(120) < 40).astype(float)))
         ]
-        record = add_scores(make_record(), "validation", rows)
-        found = record.scores["validation"].metrics["exact_match_strict"]
+        found = score_run(tmp_path, make_record(), "validation", rows)["answers"].metrics["exact_match_strict"]
         assert found.method == "clusters"
         expected = intervals.clustered_mean(
             np.array([row.scores["exact_match_strict"] for row in rows]), Clusters.of([row.cluster for row in rows])

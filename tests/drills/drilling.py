@@ -73,7 +73,7 @@ def kind(path: Path) -> str:
         re.sub(r"\.([0-9a-f]+\.)?tmp$", "", part).removeprefix(".") for part in (path.name, path.parent.name)
     )
     name, parent = (re.sub(r"-\d{8}$", "", part) for part in (name, parent))
-    return f"{parent}/{name}" if parent in ("step", "best", "adapter", "predictions") else name
+    return f"{parent}/{name}" if parent in ("step", "best", "adapter", "scores") else name
 
 
 def left_by(folder: RunFolder) -> dict[str, Any]:
@@ -81,7 +81,8 @@ def left_by(folder: RunFolder) -> dict[str, Any]:
     record = folder.finished_record()
     logged = read_metrics(folder.metrics_file)
     clock = [row.values["train/seconds"] for row in logged if "train/seconds" in row.values]
-    files = [*folder.adapter.iterdir(), *folder.path.glob("predictions/*"), folder.validation_losses_file]
+    files = [*folder.adapter.iterdir(), folder.validation_losses_file]
+    scored = [(path, *path.read_bytes().split(b"\n", 1)) for path in folder.scores.iterdir()]
     return {
         "result": json.dumps(_without_times(record.to_json()), sort_keys=True),
         "metrics": [_without_times(row.to_json()) for row in logged],
@@ -89,6 +90,7 @@ def left_by(folder: RunFolder) -> dict[str, Any]:
         "clock": (clock == sorted(clock), clock[0] > 0, clock[-1] == record.training.seconds),
         "names": sorted(path.name for path in folder.path.iterdir()),
         **{str(path.relative_to(folder.path)): path.read_bytes() for path in files},
+        **{f"scores/{path.name}": (_without_times(json.loads(head)), rows) for path, head, rows in scored},
     }
 
 

@@ -1,24 +1,30 @@
 """Deliberate faults: kills, full disks, folders that cannot be written to."""
 
 import os
+import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import drilling
 import pytest
 import torch
 import wandb
 from helpers import processes
 from helpers.forks import forked, killed_after
+from helpers.hostile import snapshot
 from helpers.task_rows import write
-from helpers.tiny import folder_of, losses_of
+from helpers.tiny import folder_of, losses_of, rows_of, score_more
 
 from tiedlora.config.compose import compose_config
 from tiedlora.config.project import PROJECT
 from tiedlora.records.rows import AppendedFile, read_metrics
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.scores import read_scores
 from tiedlora.runs import run
 from tiedlora.sweeps.cells import Sweep, SweepCell
 from tiedlora.sweeps.launching import run_sweep, work
@@ -37,11 +43,51 @@ def test_a_run_killed_at_any_moment_resumes_exactly():
     assert len(kinds.split(", ")) >= 3, "passes, steps, flushes: the moments are spread over the run"
 
 
+def files_of_scores(outputs: Path) -> dict[str, str]:
+    """Path in outputs/ -> the sha256 of its rows, of every file of scores. Each must be whole."""
+    paths = [*outputs.glob("*/scores/*.jsonl"), *outputs.glob("base/*.jsonl")]
+    return {str(path.relative_to(outputs)): read_scores(path).record.rows_sha256 for path in paths}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_kill_while_scores_are_added_leaves_no_file_or_a_whole_one(finished_run, tmp_path):
+    """Killed before 20 events at random: a pass of the model, a flush or a rename of a file."""
+    done = folder_of(finished_run("score.metrics=[exact_match_strict]")).path
+
+    def start(outputs: Path, kill_at: str = "") -> tuple[int, list[str]]:
+        """Add the losses of validation, and both of test, in a fork."""
+
+        def act() -> None:
+            drilling.Events(outputs / "journal", kill_at).install()
+            score_more(RunFolder(outputs / done.name), splits=["validation", "test"], metrics=None)
+
+        return forked(act)[0], (outputs / "journal").read_text().splitlines()
+
+    before = snapshot(shutil.copytree(done.parent, tmp_path / "whole"))
+    code, journal = start(tmp_path / "whole")
+    assert code == 0
+    expected = files_of_scores(tmp_path / "whole")
+    assert len([name for name in expected if name not in before]) == 6, "of the adapter and of the base model"
+    counts = set()
+    for kill_at in random.Random(0).sample(range(1, len(journal) + 1), 20):
+        outputs = shutil.copytree(done.parent, tmp_path / str(kill_at))
+        assert start(outputs, f"any {kill_at}")[0] == -signal.SIGKILL
+        after = snapshot(outputs)
+        assert {name: after[name] for name in before} == before, f"killed before event {kill_at}"
+        left = files_of_scores(outputs)
+        assert left.items() <= expected.items(), f"killed before event {kill_at}"
+        counts.add(len(left))
+        assert start(outputs)[0] == 0
+        assert files_of_scores(outputs) == expected
+    assert len(counts) > 3, "the moments are spread over the files"
+
+
 def test_half_written_files_and_a_finished_runs_checkpoints_are_tidied(tiny_config, finished_run):
     config = finished_run()
     folder = folder_of(config)
     (folder.path / ".result.json.77.tmp").write_text("{")
-    (folder.path / "predictions" / ".test.jsonl.77.tmp").write_text("{")
+    (folder.scores / ".test.answers.jsonl.77.tmp").write_text("{")
     folder.checkpoints.mkdir()
     run.main(tiny_config())
     assert not folder.checkpoints.exists()
@@ -65,6 +111,10 @@ def test_a_folder_that_cannot_be_written_is_said_in_a_line(tiny_run, tmp_path, s
     code, _, err = script("train.py", *tiny_run(f"outputs={tmp_path}/file/outputs"))
     assert code == 2
     assert str(tmp_path / "file") in one_error(err)
+
+
+def tensors(folder: RunFolder) -> bytes:
+    return (folder.adapter / "adapter.safetensors").read_bytes()
 
 
 def one_error(told: str) -> str:
@@ -115,7 +165,7 @@ def test_too_little_memory_halves_the_passes_or_the_batches(tiny_config, monkeyp
         tokens = {row.step: row.values["train/tokens"] for row in read_metrics(folder.metrics_file, "train/tokens")}
         assert record.training.halvings[-1].tokens <= (tokens[2] - tokens[1]) / 2, "half of the step, or less"
     else:
-        assert record.scores["validation"].batch_halvings > 0
+        assert read_scores(folder.scores_file("validation", "answers")).record.batch_halvings > 0
         assert record.training.halvings is None
 
 
@@ -164,8 +214,8 @@ def test_data_that_vanish_between_start_and_resume_are_named_and_brought_back_it
     code, told = forked(lambda: run.main(config))
     assert code == 0, told
     assert "continuing from step 4" in told
-    for name in ("adapter/adapter.safetensors", "predictions/validation.jsonl"):
-        assert (folder.path / name).read_bytes() == (expected.path / name).read_bytes()
+    assert tensors(folder) == tensors(expected)
+    assert rows_of(folder, "validation") == rows_of(expected, "validation")
 
 
 def test_two_processes_in_one_folder(tiny_config, finish, tmp_path):
@@ -182,8 +232,8 @@ def test_two_processes_in_one_folder(tiny_config, finish, tmp_path):
     with ThreadPoolExecutor(2) as pool:
         codes = sorted(code for code, _ in pool.map(lambda _: forked(lambda: run.main(config)), range(2)))
     assert codes in ([0, 0], [0, 2])
-    for name in ("adapter/adapter.safetensors", "predictions/validation.jsonl"):
-        assert (folder.path / name).read_bytes() == (expected.path / name).read_bytes()
+    assert tensors(folder) == tensors(expected)
+    assert rows_of(folder, "validation") == rows_of(expected, "validation")
 
 
 CUT_OFF = """

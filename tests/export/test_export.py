@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.families import FAMILIES, family_model
 from helpers.report_runs import make_config, make_record
-from helpers.tiny import EIGHT, close, logits, randomise, saved_tiny, tying_option
+from helpers.tiny import EIGHT, close, logits, randomise, rows_of, saved_tiny, tying_option
 from omegaconf import OmegaConf
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -23,6 +23,7 @@ from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
 from tiedlora.export.folder import ExportOptions, card, to_merged, to_peft
+from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
 
 RANK, ALPHA = 4, 6.0
@@ -94,8 +95,8 @@ def test_the_script_writes_every_form_with_a_card_and_a_task(tiny_config, finish
     task = OmegaConf.load(folder / "export" / "peft" / "tiedlora_chain_sum_validation.yaml")
     assert task.generation_kwargs.max_gen_toks == config.task.max_new_tokens
     rows = (folder / "export" / "peft" / task.dataset_kwargs.data_files.test).read_text().splitlines()
-    predictions = (folder / "predictions" / "validation.jsonl").read_text().splitlines()
-    assert [json.loads(line)["prompt"] for line in rows] == [json.loads(line)["prompt"] for line in predictions]
+    answers = rows_of(RunFolder(folder), "validation")
+    assert [json.loads(line)["prompt"] for line in rows] == [row.prompt for row in answers]
     attached = tiedlora.load(folder)
     adapted = logits(attached.model, ids)
     assert close(logits(AutoModelForCausalLM.from_pretrained(folder / "export" / "merged"), ids), adapted)

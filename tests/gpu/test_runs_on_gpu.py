@@ -7,13 +7,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from helpers import processes
-from helpers.tiny import folder_of, losses_of
+from helpers.tiny import folder_of, losses_of, rows_of
 from safetensors.torch import load_file
 
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.models.device import execution_on, free_memory
-from tiedlora.records.rows import read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import TrainingRecord
 from tiedlora.runs import run, trainer
@@ -51,7 +50,7 @@ def test_a_run_on_the_gpu_has_the_losses_of_a_cpu(gpu, gpu_config):
     assert record.run_id == expected.run_id, "the device is no part of the identity"
     assert losses_of(folder_of(config)) == pytest.approx(losses_of(folder_of(on_cpu)), rel=1e-3)
     assert losses_of(folder_of(config))[6] < losses_of(folder_of(config))[1], "it trained"
-    answers = [read_predictions(folder_of(each).predictions_file("validation")) for each in (config, on_cpu)]
+    answers = [rows_of(folder_of(each), "validation") for each in (config, on_cpu)]
     # In float32, rounding rarely changes an answer of this model.
     assert sum(ours.output == theirs.output for ours, theirs in zip(*answers, strict=True)) >= len(answers[0]) - 1
     for name, part in load_file(folder_of(on_cpu).adapter / "adapter.safetensors").items():

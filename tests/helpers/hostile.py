@@ -1,5 +1,6 @@
 """Code that the tests of malformed input share. A refusal is one UserError, and changes no file."""
 
+import hashlib
 import json
 import os
 import re
@@ -82,6 +83,17 @@ def right_or_refused() -> suppress:
 
 
 def change_rows(path: Path, change: Callable[[dict], object], numbers: Sequence[int] | None = None) -> None:
+    """Change rows of a file of scores in place: all, or those with these numbers (from 0). Their sha256 stays right."""
+    # A text may hold other ends of lines.
+    head, *rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+    for number in range(len(rows)) if numbers is None else numbers:
+        change(rows[number])
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    head["rows_sha256"] = hashlib.sha256(lines.encode()).hexdigest()
+    path.write_text(json.dumps(head) + "\n" + lines)
+
+
+def change_lines(path: Path, change: Callable[[dict], object], numbers: Sequence[int] | None = None) -> None:
     """Change the JSON objects of a file in place: all lines, or those with these numbers (from 0)."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for number in range(len(rows)) if numbers is None else numbers:
@@ -89,15 +101,24 @@ def change_rows(path: Path, change: Callable[[dict], object], numbers: Sequence[
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def put(folder, key: str, value: object) -> None:
+def put(folder: Path, key: str, value: object) -> None:
     """Set a dotted key of result.json, or remove it if the value is `...`."""
     path = folder / "result.json"
-    record = json.loads(path.read_text())
-    node = record
+    path.write_text(json.dumps(_with_key(json.loads(path.read_text()), key, value)))
+
+
+def put_in_scores(path: Path, key: str, value: object) -> None:
+    """As `put`, a key of the first line of a file of scores."""
+    head, rows = path.read_text().split("\n", 1)
+    path.write_text(f"{json.dumps(_with_key(json.loads(head), key, value))}\n{rows}")
+
+
+def _with_key(tree: dict, key: str, value: object) -> dict:
     *parents, last = key.split(".")
+    node = tree
     for name in parents:
         node = node[name]
     node[last] = value
     if value is ...:
         del node[last]
-    path.write_text(json.dumps(record))
+    return tree

@@ -1,6 +1,7 @@
 """Synthetic run folders with known true scores, for tests of the report. Records and rows are built as in a run."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +11,16 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from tiedlora import tying
+from tiedlora.analysis.metrics import gains, summarise
 from tiedlora.config.identity import config_tree, identity, run_id
 from tiedlora.config.schema import Config, ModelConfig, RankConfig, TaskConfig, TrainConfig
 from tiedlora.other_methods import TyingConfig
 from tiedlora.page import write
 from tiedlora.records import run_record
-from tiedlora.records.rows import MetricsRow, PredictionRow, Score
+from tiedlora.records.loss_metrics import TARGET_LOSS, TARGET_LOSS_BY_TOKEN, loss_scores
+from tiedlora.records.rows import MetricsRow, PredictionRow, Score, row_line
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.scoring.summary import gains, summarise
+from tiedlora.records.scores import KINDS, Kind, ScoreRecord, kind_of, write_scores
 from tiedlora.tasks import Task
 from tiedlora.tying import LrFactors
 
@@ -40,7 +43,7 @@ def make_config(name="TABuv", rank=8, seed=0, lr=1e-2, task="chain_sum", kind="g
 
 
 def make_record(changes: dict[str, Any] | None = None, **about) -> run_record.RunRecord:
-    """A record without scores.
+    """The record of a run.
 
     Args:
         changes: new values by dotted path: of the configuration where it starts with `config.`, such as
@@ -69,7 +72,6 @@ def make_record(changes: dict[str, Any] | None = None, **about) -> run_record.Ru
             **{"validation_loss_first": 2.0, "validation_loss_last": 1.0},
         ),
         adapter_bytes=4 * trainable,
-        scores={},
         status="done",
     )
     for path, value in changes.items():
@@ -104,56 +106,120 @@ def prediction_rows(
     ]
 
 
-def add_scores(
+def write_run(root: Path, record: run_record.RunRecord) -> Path:
+    """The folder of a run that is not scored: result.json and metrics.jsonl."""
+    folder = RunFolder(Path(root) / record.run_id)
+    folder.path.mkdir(parents=True)
+    folder.result_file.write_text(json.dumps(record.to_json()))
+    losses = [MetricsRow(step, {"validation/loss": 2.0 - step / 100}) for step in (0, 50, 100)]
+    losses += [MetricsRow(step, {"train/loss": 2.0 - step / 100}) for step in range(1, 101, 9)]
+    write_lines(folder.metrics_file, losses)
+    return folder.path
+
+
+def write_lines(path: Path, rows: Sequence[MetricsRow]) -> None:
+    """Write a JSON Lines file. It is not flushed to the disk, because this would take most of a test's time."""
+    path.write_text("".join(json.dumps(row.to_json()) + "\n" for row in rows))
+
+
+def score_run(
+    root: Path,
     record: run_record.RunRecord,
     split: str,
     rows: Sequence[PredictionRow],
     base: Sequence[PredictionRow] | None = None,
     task: Task | None = None,
-) -> run_record.RunRecord:
-    """The record with a split's scores, from its rows and the base model's, summarised as scoring does."""
+    source: str = "",
+) -> dict[Kind, ScoreRecord]:
+    """Write a file of scores for each kind of metrics that the rows have, with the intervals that scoring gives them.
+
+    Args:
+        base: the base model's rows, which become a file that all runs with the same rows share.
+    """
+    folder, found = RunFolder(Path(root) / record.run_id), {}
+    for kind in KINDS:
+        own, theirs = _of_kind(rows, kind), _of_kind(base or [], kind)
+        if not own[0].scores:
+            continue
+        scored = found[kind] = _score_record(record, split, kind, own, theirs, task, source)
+        found[kind] = write_scores(folder.scores_file(split, kind), scored, own)
+        base_file = folder.base_scores_file(scored.base)
+        if scored.base and not base_file.exists():
+            of_base = _score_record(record, split, kind, theirs, [], task, source)
+            write_scores(base_file, dataclasses.replace(of_base, run_id="", adapter="", base=scored.base), theirs)
+    return found
+
+
+def _of_kind(rows: Sequence[PredictionRow], kind: Kind) -> list[PredictionRow]:
+    """The rows with their scores of this kind."""
+    bare = {} if kind == "answers" else {"output": "", "output_tokens": 0, "ended": ""}
+    found = []
+    for row in rows:
+        scores = {metric: score for metric, score in row.scores.items() if kind_of(metric) == kind}
+        found.append(dataclasses.replace(row, scores=scores, **bare))
+    return found
+
+
+def _score_record(
+    record: run_record.RunRecord,
+    split: str,
+    kind: Kind,
+    rows: Sequence[PredictionRow],
+    base: Sequence[PredictionRow],
+    task: Task | None,
+    source: str,
+) -> ScoreRecord:
+    metrics = list(rows[0].scores)
     if task is None:
-        # One metric, which is a mean.
+        # Its metrics are means.
         task = Task(TaskConfig(name="synthetic", kind="synthetic"))
-        task.metrics = (next(iter(rows[0].scores)),)
-    scores = run_record.SplitScores(
-        rows=len(rows),
+        task.metrics = tuple(metrics)
+    whole, whole_base = list(map(_with_both_losses, rows)), list(map(_with_both_losses, base))
+    found = summarise(whole, task, kind)
+    gain = gains(whole, whole_base, task, kind) if base else {}
+    lines = "".join(map(row_line, base)).encode()
+    return ScoreRecord(
+        run_id=record.run_id,
+        adapter="0" * 64,
+        split=split,
+        kind=kind,
         digest=f"{record.identity.task.name}-{split}",
-        metrics=summarise(rows, task),
+        rows=len(rows),
+        metrics={metric: found[metric] for metric in metrics},
+        base=f"{split}-{kind}-{hashlib.sha256(lines).hexdigest()[:12]}" if base else "",
+        gain={metric: gain[metric] for metric in metrics if base},
         seconds=1.0,
-        base=None if base is None else summarise(base, task),
-        gain=None if base is None else gains(rows, base, task),
+        batch_halvings=0,
+        shortened=0,
+        output_tokens=sum(row.output_tokens for row in rows),
+        cut_targets=0,
+        has_targets=True,
+        source=source,
+        source_digest="",
+        signatures={},
+        code=record.code,
+        versions=record.versions,
+        execution=record.execution,
+        rows_sha256="",
     )
-    return dataclasses.replace(record, scores={**record.scores, split: scores})
 
 
-def write_run(root: Path, record: run_record.RunRecord, rows: dict[str, list[PredictionRow]]) -> Path:
-    """A run's folder: result.json, metrics.jsonl and predictions/."""
-    folder = RunFolder(Path(root) / record.run_id)
-    (folder.path / "predictions").mkdir(parents=True)
-    folder.result_file.write_text(json.dumps(record.to_json()))
-    losses = [MetricsRow(step, {"validation/loss": 2.0 - step / 100}) for step in (0, 50, 100)]
-    losses += [MetricsRow(step, {"train/loss": 2.0 - step / 100}) for step in range(1, 101, 9)]
-    write_lines(folder.metrics_file, losses)
-    for name, predictions in rows.items():
-        write_lines(folder.predictions_file(name), predictions)
-    return folder.path
-
-
-def write_lines(path: Path, rows: Sequence[MetricsRow | PredictionRow]) -> None:
-    """Write a JSON Lines file. It is not flushed to the disk, because this would take most of a test's time."""
-    path.write_text("".join(json.dumps(row.to_json()) + "\n" for row in rows))
+def _with_both_losses(row: PredictionRow) -> PredictionRow:
+    """A row with one loss gets the other, because scoring always gives both."""
+    if TARGET_LOSS not in row.scores or TARGET_LOSS_BY_TOKEN in row.scores:
+        return row
+    return dataclasses.replace(row, scores=loss_scores(4 * row.scores[TARGET_LOSS], 4))
 
 
 def scored_run(
     root, ours, base=None, split="validation", metric=METRIC, output="#### 3", changes=None, **about
 ) -> Path:
-    """A finished run with one split's scores and predictions, from one score per example."""
-    rows = {split: prediction_rows(ours, metric, output)}
-    if base is not None:
-        rows[f"{split}.base"] = prediction_rows(base, metric)
-    record = add_scores(make_record(changes, **about), split, rows[split], rows.get(f"{split}.base"))
-    return write_run(root, record, rows)
+    """A finished run with the scores of one split, from one score per example."""
+    record = make_record(changes, **about)
+    folder = write_run(root, record)
+    of_base = None if base is None else prediction_rows(base, metric)
+    score_run(root, record, split, prediction_rows(ours, metric, output), of_base)
+    return folder
 
 
 def diverge(root, pattern: str) -> Path:

@@ -17,9 +17,9 @@ from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config, ModelConfig
 from tiedlora.data.encoding import Encoded, Encoder
 from tiedlora.models.base_model import BaseModel, load_base
-from tiedlora.records.rows import read_metrics
+from tiedlora.records.rows import PredictionRow, read_metrics
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import RunRecord
+from tiedlora.records.scores import Kind, RunScores, read_run_scores, read_scores
 from tiedlora.runs.add_scores import add_scores
 from tiedlora.scoring import decoding
 from tiedlora.scoring.decoding import AnswerEnds, Output, batches_by_length, decode
@@ -112,11 +112,21 @@ def folder_of(config: Config) -> RunFolder:
     return RunFolder(Path(config.outputs) / run_id(config))
 
 
-def score_more(folder: RunFolder, again: bool = False, data_root: str | None = None, **score: Any) -> RunRecord:
-    """Add the scores that `score`, values of config.score, names to the run, with the configuration of its folder."""
+def score_more(folder: RunFolder, again: bool = False, data_root: str | None = None, **score: Any) -> RunScores:
+    """Add the scores that `score`, values of config.score, names to the run, with the configuration of its folder.
+
+    Returns all that it has then.
+    """
     config = configuration.read_config(folder.config_file)
     config = replace(config, data_root=data_root, score=replace(config.score, **score))
-    return add_scores(folder, config, again)
+    add_scores(folder, config, again)
+    return read_run_scores(folder)
+
+
+def rows_of(folder: RunFolder, split: str, kind: Kind = "answers", base: bool = False) -> list[PredictionRow]:
+    """The rows of a file of scores of a run; with `base`, those of the base model beside it."""
+    scored = read_scores(folder.scores_file(split, kind))
+    return read_scores(folder.base_scores_file(scored.record.base)).rows if base else scored.rows
 
 
 def losses_of(folder: RunFolder) -> dict[int, float]:

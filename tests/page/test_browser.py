@@ -6,8 +6,8 @@ import gzip
 import itertools
 import json
 
-from helpers.hostile import HOSTILE
-from helpers.report_runs import add_scores, make_record, prediction_rows, scored_run, write_lines, write_run
+from helpers.hostile import HOSTILE, change_rows
+from helpers.report_runs import make_record, prediction_rows, score_run, scored_run, write_run
 
 from tiedlora.analysis.groups import group_runs
 from tiedlora.analysis.results import result_rows
@@ -51,10 +51,11 @@ def test_a_sheet_holds_every_answer_in_blocks_of_rows_and_equal_ones_once(tmp_pa
 
 def test_hostile_and_long_texts_are_shortened_data_and_differ_beyond_the_shown_part(tmp_path):
     long = "x" * 2**20
-    run(tmp_path, [HOSTILE, long + "1", "", "\ud800", "", "e"], name="LoRA")
-    folder = run(tmp_path, [HOSTILE, long + "2", "", "", "", "e"], name="TABuv")
-    rows = [dataclasses.replace(row, references=[HOSTILE, long]) for row in prediction_rows([1.0] * ROWS, output=long)]
-    write_lines(folder / "predictions" / "validation.base.jsonl", rows)
+    lora = run(tmp_path, [HOSTILE, long + "1", "", "", "", "e"], name="LoRA")
+    change_rows(lora / "scores" / "validation.answers.jsonl", lambda row: row.update(output="\ud800"), [3])
+    run(tmp_path, [HOSTILE, long + "2", "", "", "", "e"], name="TABuv")
+    (base,) = (tmp_path / "base").iterdir()
+    change_rows(base, lambda row: row.update(references=[HOSTILE, long], output=long))
     (sheet,) = sheets(tmp_path)
     (block,) = map(unpacked, sheet.texts)
     assert block["answers"][0][1] == visible_lines(HOSTILE)
@@ -68,8 +69,9 @@ def test_a_run_whose_rows_cannot_be_shown_is_named(tmp_path):
     run(tmp_path, ["a"] * ROWS, name="LoRA")
     folder = run(tmp_path, ["a"] * ROWS, name="TABuv")
     other = run(tmp_path, ["a"] * ROWS, name="TAB")
-    (folder / "predictions" / "validation.jsonl").write_text("no json\n")
-    write_lines(other / "predictions" / "validation.jsonl", prediction_rows([1.0] * 4))
+    file = folder / "scores" / "validation.answers.jsonl"
+    file.write_text(f"{file.read_text().splitlines()[0]}\nno json\n")
+    change_rows(other / "scores" / "validation.answers.jsonl", lambda row: row.update(id="another"), [0])
     (sheet,) = sheets(tmp_path)
     assert [column["name"] for column in sheet.head["runs"]] == ["base", "LoRA r=8 · seed 0"]
     assert len(sheet.head["leftOut"]) == 2
@@ -77,12 +79,13 @@ def test_a_run_whose_rows_cannot_be_shown_is_named(tmp_path):
 
 
 def test_a_row_without_an_answer_has_none_and_a_corpus_statistic_is_no_score_of_a_row(tmp_path):
-    rows = prediction_rows([0.5] * ROWS, "target_loss")
-    rows = [dataclasses.replace(row, output="", ended="not generated") for row in rows]
-    record = add_scores(make_record(), "validation", rows)
-    for row in rows:
-        row.scores["target_loss_by_token"] = [1.0, 2.0]
-    write_run(tmp_path, record, {"validation": rows})
+    record = make_record()
+    write_run(tmp_path, record)
+    rows = [
+        dataclasses.replace(row, scores={**row.scores, "target_loss_by_token": [1.0, 2.0]})
+        for row in prediction_rows([0.5] * ROWS, "target_loss")
+    ]
+    score_run(tmp_path, record, "validation", rows)
     (sheet,) = sheets(tmp_path)
     assert unpacked(sheet.index)["which"] == [[-1] * ROWS]
     assert sheet.head["metrics"] == [{"name": "target_loss", "sign": -1}]

@@ -1,20 +1,21 @@
 """Hostile texts in records and predictions: what reaches the page, tables and terminal, and a search for more."""
 
 import csv
-import dataclasses
+import hashlib
 import json
 import re
 import shutil
 
-from helpers.hostile import HOSTILE, ODD_VALUES, put, right_or_refused, search
-from helpers.report_runs import prediction_rows, scored_run, write_lines
+from helpers.hostile import HOSTILE, ODD_VALUES, change_rows, put, right_or_refused, search
+from helpers.report_runs import scored_run
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tiedlora.page import charts, tables, write
-from tiedlora.records.rows import read_metrics, read_predictions
+from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import read_record
+from tiedlora.records.scores import read_finished, read_scores
 from tiedlora.records.summary import terminal_lines
 from tiedlora.runs import library, verify
 from tiedlora.text import visible, visible_lines
@@ -32,11 +33,10 @@ def test_what_a_model_wrote_reaches_no_page_table_or_terminal_alive(tmp_path, sc
         put(folder, "execution.device", HOSTILE)
         put(folder, "versions", {"torch": HOSTILE, HOSTILE: "@SUM(1)"})
         put(folder, "code", {"commit": HOSTILE, "dirty": None})
-        rows = [
-            dataclasses.replace(row, id=f"{row.id}{HOSTILE}", prompt=HOSTILE, references=[HOSTILE])
-            for row in prediction_rows([1, 0, 1, 1], output=HOSTILE)
-        ]
-        write_lines(folder / "predictions" / "validation.jsonl", rows)
+        change_rows(
+            folder / "scores" / "validation.answers.jsonl",
+            lambda row: row.update(id=f"{row['id']}{HOSTILE}", prompt=HOSTILE, references=[HOSTILE]),
+        )
     failed = tmp_path / "runs" / "=1+1"
     failed.mkdir()
     (failed / "error.txt").write_text(f"Traceback\nValueError: {HOSTILE}\n")
@@ -101,7 +101,10 @@ def leaves(node: object, prefix: tuple = ()) -> list[tuple]:
 @given(st.data())
 @search(25)
 def test_any_record_is_read_or_refused(place, tmp_path_factory, data):
-    record = json.loads((place[0] / "result.json").read_text())
+    """The record of the training, or that of scores in the first line of a file."""
+    name = data.draw(st.sampled_from(["result.json", "scores/validation.answers.jsonl"]))
+    first, *rows = (place[0] / name).read_text().split("\n", 1 if name.startswith("scores") else 0)
+    record = json.loads(first)
     for _ in range(data.draw(st.integers(1, 2))):
         *parents, last = data.draw(st.sampled_from(leaves(record)))
         node = record
@@ -112,10 +115,11 @@ def test_any_record_is_read_or_refused(place, tmp_path_factory, data):
     root = tmp_path_factory.getbasetemp() / "any-record"
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(place[0], root / place[0].name)
-    text = json.dumps(record)
-    (root / place[0].name / "result.json").write_text(text)
+    text = "\n".join([json.dumps(record), *rows])
+    (root / place[0].name / name).write_text(text)
     with right_or_refused():
-        terminal_lines(RunFolder(root / place[0].name).finished_record(), root)
+        run = read_finished(RunFolder(root / place[0].name))
+        terminal_lines(run.record, run.scores, root)
         library.config_of(root / place[0].name)
     report = write.build([root])
     shown = report.tables()
@@ -127,20 +131,23 @@ def test_any_record_is_read_or_refused(place, tmp_path_factory, data):
     assert not ALIVE.search(drawn)
     with right_or_refused():
         verify.lines(verify.verify(root / place[0].name, rows=0))
-    assert (root / place[0].name / "result.json").read_text() == text
+    assert (root / place[0].name / name).read_text() == text
 
 
 @given(st.data())
 @search(250)
 def test_any_file_is_read_or_refused(place, tmp_path_factory, data):
-    rows = [json.loads(line) for line in (place[0] / "predictions" / "validation.jsonl").read_bytes().splitlines()]
+    lines = (place[0] / "scores" / "validation.answers.jsonl").read_bytes().splitlines()
+    head, *rows = map(json.loads, lines)
     row = data.draw(st.sampled_from(rows))
     row[data.draw(st.sampled_from([*row, "choices", "log_likelihoods"]))] = data.draw(ODD_VALUES)
     lines = st.just(rows) | st.lists(ODD_VALUES, max_size=4)
     content = data.draw(st.binary(max_size=200) | lines.map(lambda own: "\n".join(map(json.dumps, own)).encode()))
+    head["rows_sha256"] = hashlib.sha256(content).hexdigest()
     path = tmp_path_factory.getbasetemp() / "any-file"
-    path.write_bytes(content)
-    for reader in (read_record, read_predictions, read_metrics):
-        with right_or_refused():
-            reader(path)
-    assert path.read_bytes() == content
+    for whole in (content, json.dumps(head).encode() + b"\n" + content):
+        path.write_bytes(whole)
+        for reader in (read_record, read_scores, read_metrics):
+            with right_or_refused():
+                reader(path)
+        assert path.read_bytes() == whole

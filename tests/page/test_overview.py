@@ -4,10 +4,10 @@ import csv
 
 import pytest
 from helpers.report_runs import (
-    add_scores,
     diverge,
     make_record,
     prediction_rows,
+    score_run,
     scored_run,
     world,
     write_config,
@@ -28,9 +28,9 @@ def both_metrics(root, name, rank, exact, loss, changes=None, **about):
     rows = prediction_rows([float(number < exact * ROWS) for number in range(ROWS)])
     for row in rows:
         row.scores["target_loss"] = loss
-    record = add_scores(make_record(changes, name=name, rank=rank, **about), "validation", rows)
-    assert list(record.scores["validation"].metrics) == ["exact_match_strict", "target_loss"]
-    write_run(root, record, {"validation": rows})
+    record = make_record(changes, name=name, rank=rank, **about)
+    write_run(root, record)
+    assert list(score_run(root, record, "validation", rows)) == ["answers", "losses"]
 
 
 def loss_only(root, name, rank, loss, changes=None, **about):

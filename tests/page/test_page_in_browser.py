@@ -108,7 +108,7 @@ def test_hostile_answers_and_a_megabyte_line_stay_text(report):
         long.locator("button").click()
         shown = long.locator("pre").text_content()
         assert shown.startswith("z" * browser.LONGEST)
-        assert "more characters in predictions/" in shown
+        assert "more characters in scores/" in shown
 
 
 def test_a_cell_opens_its_reason_by_keyboard(report):

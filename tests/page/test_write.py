@@ -42,7 +42,8 @@ def test_no_file_of_a_report_names_a_folder_of_this_machine(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.6}, seeds=3, rows=40)
     scored_run(tmp_path / "runs", GOOD, BASE, name="TAB")
     (damaged,) = (tmp_path / "runs").glob("TABuv-*-s0-*")
-    (damaged / "predictions" / "validation.jsonl").write_text("{")
+    with (damaged / "scores" / "validation.answers.jsonl").open("a") as file:
+        file.write("{")
     failed = tmp_path / "runs" / "TA-r8-squad-tiny-s0-0123456789"
     failed.mkdir()
     (failed / "error.txt").write_text(f"tiedlora.errors.UserError: {tmp_path}/data/squad/train.jsonl:1: is no row\n")

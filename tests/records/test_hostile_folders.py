@@ -1,18 +1,20 @@
 """Malformed run folders, with every command that reads one: a table with their messages, and a search for more."""
 
-import json
 import os
 import re
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from helpers.hostile import put, refused, snapshot
+from helpers.hostile import change_rows, put, put_in_scores, refused, snapshot
 from helpers.tiny import composed, score_more
 
 from tiedlora.analysis.runs import logged_curves, read_run
 from tiedlora.page import write
-from tiedlora.records.rows import read_metrics, read_predictions
+from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.scores import read_run_scores, read_scores
 from tiedlora.runs import run
 
 pytest_plugins = ["helpers.hostile_runs"]
@@ -34,19 +36,26 @@ RESULTS = {  # a key of result.json, its new value, and words of the message: on
     ),
     "a list of factors": ("identity.train.lr_factor", [1], "'identity.train.lr_factor' is [1]"),
     "no training rows": ("data.train", ..., "has no 'data.train'"),
-    "scores of an unknown split": ("scores.\x1b[2J", {}, "'scores.␛[2J.[key]' is"),
-    "no metric": ("scores.validation.metrics", {}, "'scores.validation.metrics' is {}"),
-    "scores of no rows": ("scores.validation.rows", 0, "'scores.validation.rows' is 0"),
-    "a score above one": (
-        "scores.validation.metrics.exact_match_strict",
-        {"value": 57.0, "low": 0, "high": 1},
-        "is no value with an interval within [-1, 1]",
-    ),
-    "base without gain": ("scores.validation.gain", ..., "has only one of base and gain"),
-    "gain of other metrics": ("scores.validation.gain", {}, "has other metrics than"),
     "another status": ("status", "running", "'status' is 'running'"),
     "a file outside the folder": ("files", {"/etc/passwd": "0" * 64}, "'files./etc/passwd.[key]' is"),
-    "a path for a sha256": ("scores.validation.files", {"predictions/x": "../../x"}, "is '../../x', which cannot be"),
+    "a path for a sha256": ("files", {"adapter/x": "../../x"}, "is '../../x', which cannot be"),
+}
+FIRST_LINES = {  # the same for the first line of a file of scores
+    "a key that is missing": ("seconds", ..., "has no 'seconds'"),
+    "scores of an unknown split": ("split", "\x1b[2J", "'split' is '\\x1b[2J'"),
+    "scores of another split": ("split", "test", "holds answers of test; restore the file"),
+    "an unknown kind": ("kind", "looks", "'kind' is 'looks'"),
+    "no metric": ("metrics", {}, "'metrics' is {}"),
+    "a metric of another kind": (
+        "metrics",
+        {"target_loss": {"value": 1.0, "low": 0.5, "high": 2.0, "method": "bootstrap"}},
+        "'metrics.target_loss' is no metric of answers",
+    ),
+    "scores of no rows": ("rows", 0, "'rows' is 0"),
+    "a score above one": ("metrics.exact_match_strict.value", 57.0, "is no value with an interval within [-1, 1]"),
+    "a gain above one": ("gain.exact_match_strict.high", 57.0, "'gain.exact_match_strict' is no value with an"),
+    "a path for the base": ("base", "../../../x", "'base' is '../../../x'"),
+    "a path for a sha256": ("rows_sha256", "../../x", "'rows_sha256' is '../../x'"),
 }
 
 
@@ -56,6 +65,20 @@ def test_a_wrong_result_is_named_by_whoever_reads_it(what, folder, words):
     put(folder, key, value)
     with refused(says, folder):
         RunFolder(folder).record()
+    with refused(says, folder):
+        run.main(composed(words))
+    left_out = read_run(folder)
+    assert says in left_out.reason
+
+
+@pytest.mark.parametrize("what", FIRST_LINES)
+def test_a_wrong_first_line_of_scores_is_named_by_whoever_reads_it(what, folder, words):
+    key, value, says = FIRST_LINES[what]
+    path = folder / "scores" / "validation.answers.jsonl"
+    put_in_scores(path, key, value)
+    with refused(says, folder) as refusal:
+        read_run_scores(RunFolder(folder))
+    assert str(refusal.value).startswith(str(path))
     with refused(says, folder):
         run.main(composed(words))
     left_out = read_run(folder)
@@ -147,7 +170,12 @@ def test_what_is_no_folder(folder, words, tmp_path, script):
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("result.json", (2, 1)), ("config.yaml", (2, 1)), ("predictions/validation.jsonl", (3, 0)), ("error.txt", (2, 1))],
+    [
+        ("result.json", (2, 1)),
+        ("config.yaml", (2, 1)),
+        ("scores/validation.answers.jsonl", (3, 0)),
+        ("error.txt", (2, 1)),
+    ],
 )
 def test_pipes_and_loops_are_not_waited_for(name, says, folder, tmp_path, script):
     path = folder / name
@@ -158,7 +186,8 @@ def test_pipes_and_loops_are_not_waited_for(name, says, folder, tmp_path, script
             (folder / "result.json").unlink(missing_ok=True)
         code, _, err = script("scripts/verify.py", folder, "--rows", "0")
         assert (code, len(err.splitlines())) == says, err
-        assert len(write.build([tmp_path / "outputs"]).runs) == (folder / "result.json").is_file()
+        is_readable = (folder / "result.json").is_file() and name == "config.yaml"
+        assert len(write.build([tmp_path / "outputs"]).runs) == is_readable
 
 
 def test_links_out_of_the_folder_show_and_copy_nothing(folder, tmp_path, script):
@@ -171,8 +200,8 @@ def test_links_out_of_the_folder_show_and_copy_nothing(folder, tmp_path, script)
     failed.mkdir()
     (failed / "error.txt").symlink_to(secret)
     (failed / "result.json").symlink_to(secret)
-    (folder / "predictions" / "validation.jsonl").unlink()
-    (folder / "predictions" / "validation.jsonl").symlink_to(secret)
+    (folder / "scores" / "validation.answers.jsonl").unlink()
+    (folder / "scores" / "validation.answers.jsonl").symlink_to(secret)
     _, out, err = script("scripts/report.py", tmp_path / "outputs", "--out", tmp_path / "report")
     (failed / "result.json").unlink()
     _, more, errors = script("scripts/report.py", tmp_path / "outputs", "--out", tmp_path / "report")
@@ -199,35 +228,68 @@ def test_a_run_that_was_moved_writes_beside_itself(folder, place):
     assert list((folder.parent / "base").glob("chain_sum-test-*.jsonl"))
 
 
-ROWS = {
-    "empty": (b"", "holds no predictions"),
-    "cut short": (b'{"id": "0", "prompt', "validation.jsonl:1: is not a prediction"),
-    "brackets": (b"[" * 100_000, "validation.jsonl:1: is not a prediction"),
-    "a key twice": (b'{"id": "0", "id": "1"}', "is not a prediction (the key 'id' is there twice)"),
-}
-FIELDS = {
-    "an id that is a number": {"id": 3},
-    "a score that is none": {"scores": {"exact_match_strict": float("nan")}},
-    "likelihoods without choices": {"log_likelihoods": [0.0]},
+def cut(data: bytes) -> bytes:
+    """The last row is not there as a whole, as after a kill of a program that appends."""
+    return data[:-9]
+
+
+def without_last_row(path: Path) -> None:
+    head, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([head, *rows[:-1], ""]))
+    change_rows(path, lambda row: None)
+
+
+def with_bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(change(path.read_bytes()))
+
+
+def with_field(**fields: object) -> Callable[[Path], None]:
+    return lambda path: change_rows(path, lambda row: row.update(fields), [0])
+
+
+DAMAGE = {  # what is wrong with a file of scores -> how to damage it, and words of the one line
+    "empty": (with_bytes(lambda data: b""), "answers.jsonl:1: is not the record of scores"),
+    "a first line that is cut": (with_bytes(lambda data: data[:99]), "answers.jsonl:1: is not the record of scores"),
+    "brackets": (with_bytes(lambda data: b"[" * 100_000), "answers.jsonl:1: is not the record of scores"),
+    "a row as the first line": (
+        with_bytes(lambda data: data.split(b"\n", 1)[1]),
+        "answers.jsonl:1: is not the record of scores",
+    ),
+    "a last row that is cut": (with_bytes(cut), "its rows have the sha256 "),
+    "a changed row": (
+        with_bytes(lambda data: data.replace(b'"prompt": "', b'"prompt": "x')),
+        "its rows have the sha256 ",
+    ),
+    "a row too few": (without_last_row, "has 5 rows, recorded 6; restore the file"),
+    "an id that is a number": (with_field(id=3), "answers.jsonl:2: is no row of scores"),
+    "a score that is none": (
+        with_field(scores={"exact_match_strict": float("nan")}),
+        "answers.jsonl:2: is no row of scores",
+    ),
+    "a key twice": (
+        with_bytes(lambda data: data.replace(b'{"run_id"', b'{"run_id": "x", "run_id"', 1)),
+        "is not the record of scores (the key 'run_id' is there twice)",
+    ),
+    "likelihoods without choices": (with_field(log_likelihoods=[0.0]), "answers.jsonl:2: is no row of scores"),
 }
 
 
-@pytest.mark.parametrize("what", [*ROWS, *FIELDS])
-def test_wrong_predictions(what, folder, tmp_path, script):
-    path = folder / "predictions" / "validation.jsonl"
-    lines = path.read_bytes().splitlines()
-    data, says = ROWS.get(what, (None, "validation.jsonl:2: is not a prediction"))
-    if data is None:
-        data = b"\n".join([lines[0], json.dumps({**json.loads(lines[1]), **FIELDS[what]}).encode(), *lines[2:]])
-    path.write_bytes(data)
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_file_of_scores_is_one_line(what, folder, tmp_path, script):
+    path = folder / "scores" / "validation.answers.jsonl"
+    damage, says = DAMAGE[what]
+    damage(path)
     before = snapshot(folder)
-    with refused(says):
-        read_predictions(path)
+    with refused(says) as refusal:
+        read_scores(path)
+    assert str(refusal.value).startswith(f"{path}:")
+    assert len(str(refusal.value).splitlines()) == 1
     code, out, err = script("scripts/verify.py", folder, "--rows", "0")
     assert (code, err) == (3, "")
     assert says in out
-    (row, *_) = write.build([tmp_path / "outputs"]).rows
-    assert any(says in note for note in row.notes)
+    report = write.build([tmp_path / "outputs"])
+    notes = [note for row in report.rows for note in row.notes]
+    assert any(says in text for text in [*notes, *(left_out.reason for left_out in report.left_out)])
     code, _, err = script("scripts/export.py", folder, "--to", "peft", "--out", tmp_path / "peft")
     assert (code, len(err.splitlines())) == (2, 1)
     assert not (tmp_path / "peft").exists()
@@ -249,18 +311,25 @@ def test_metrics_that_are_cut_or_garbage_are_passed_over(folder, tmp_path, words
     assert again.status == "done"
 
 
-def test_a_cache_of_the_base_model_that_was_changed_is_named(folder, words):
+def test_a_file_of_the_base_model_that_was_changed_is_named(folder, words):
     run.main(composed([*words, "seed=1"]))
-    answers, losses = sorted((folder.parent / "base").glob("*.jsonl"), key=lambda path: "-loss-" in path.name)
-    for cache in (answers, losses):
-        whole = cache.read_bytes()
-        lines = whole.splitlines()
-        for data, says in (
-            (b"\n".join(reversed(lines)), "holds the predictions of other rows; remove it"),
-            (b"\n".join(lines)[:-9], "is not a prediction"),
+    bases = sorted((folder.parent / "base").glob("*.jsonl"))
+    assert len(bases) == 2, "answers and losses"
+    for file in bases:
+        whole = file.read_bytes()
+        head, *rows = whole.splitlines(keepends=True)
+
+        def reorder(path, head=head, rows=rows):
+            path.write_bytes(head + b"".join(reversed(rows)))
+            change_rows(path, lambda row: None)
+
+        for damage, says in (
+            (reorder, "holds the scores of other rows; remove it"),
+            (with_bytes(cut), "its rows have the sha256 "),
         ):
-            cache.write_bytes(data)
+            damage(file)
+            data = file.read_bytes()
             with refused(says):
                 run.main(composed([*words, "seed=2"]))
-            assert cache.read_bytes() == data
-        cache.write_bytes(whole)
+            assert file.read_bytes() == data
+        file.write_bytes(whole)

@@ -11,6 +11,7 @@ from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config, TrainConfig
 from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.scores import read_finished
 from tiedlora.records.summary import terminal_lines
 
 # An id that changes here re-runs everybody's sweeps. Change one only with a reason in the commit message.
@@ -138,7 +139,8 @@ class TestFolder:
 )
 def test_the_end_of_a_run_says_where_there_is_no_gain(right, base_right, says, tmp_path):
     answers = ([1.0] * count + [0.0] * (200 - count) for count in (right, base_right))
-    lines = terminal_lines(RunFolder(scored_run(tmp_path, *answers)).finished_record(), tmp_path).splitlines()
+    run = read_finished(RunFolder(scored_run(tmp_path, *answers)))
+    lines = terminal_lines(run.record, run.scores, tmp_path).splitlines()
     assert [line.strip() for line in lines if ": " in line][1:] == (
         [] if says is None else [f"exact_match_strict: {says}"]
     )

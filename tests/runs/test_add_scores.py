@@ -1,17 +1,17 @@
-"""More scores of a finished run: the loss of its targets is added, and what is recorded stays as it was."""
-
-import json
+"""More scores of a finished run: each is a new file, and every file that is there stays as it is."""
 
 import pytest
 import torch
-from helpers.hostile import change_rows, put
-from helpers.tiny import folder_of, score_more
+from helpers.hostile import change_rows, put, put_in_scores, snapshot
+from helpers.tiny import folder_of, little_memory, rows_of, score_more
 
 from tiedlora.errors import UserError
+from tiedlora.models import device
 from tiedlora.records.loss_metrics import LOSS_METRICS, TARGET_LOSS, TARGET_LOSS_BY_TOKEN, loss_scores
-from tiedlora.records.rows import NOT_GENERATED, read_predictions
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.scores import read_run_scores
 from tiedlora.runs import add_scores, run, verify
+from tiedlora.scoring import split as scoring
 from tiedlora.scoring.split import Scorer
 
 OWN = ["exact_match_strict", "exact_match_flexible"]
@@ -25,14 +25,12 @@ def config(finished_run, tiny_config):
     return lambda *more: tiny_config(words[0], *more)
 
 
-def scores_of(folder: RunFolder, name: str = "validation") -> list[dict]:
-    """The JSON objects of a predictions file, without the losses."""
-    rows = [json.loads(line) for line in folder.predictions_file(name).read_text().splitlines()]
-    return [{**row, "scores": {k: v for k, v in row["scores"].items() if k not in LOSS_METRICS}} for row in rows]
-
-
 def wrong(folder: RunFolder, rows: int = 100) -> list[str]:
     return [f"{f.check}: {f.explanation}" for f in verify.verify(folder.path, rows=rows) if f.ok is False]
+
+
+def only_losses(self, model, examples, title):
+    pytest.fail("asked for answers")
 
 
 def test_more_scores_are_computed_with_the_threads_of_the_run(config):
@@ -42,23 +40,22 @@ def test_more_scores_are_computed_with_the_threads_of_the_run(config):
     assert torch.get_num_threads() == 1
 
 
-def test_a_run_without_losses_is_finished_until_they_are_asked_for(config, monkeypatch):
-    """The default adds nothing to a finished run, and never asks a model."""
+def test_all_metrics_of_a_kind_are_scored_together_and_the_losses_are_asked_for_by_default(config, monkeypatch):
     folder = folder_of(config())
-    before = folder.result_file.read_bytes()
+    before = snapshot(folder.path.parent)
     monkeypatch.setattr(add_scores, "add_scores", lambda *_, **__: pytest.fail("scored"))
-    run.main(config())
     run.main(config("score.metrics=[exact_match_flexible]"))
-    assert folder.result_file.read_bytes() == before
-    with pytest.raises(pytest.fail.Exception):
-        run.main(config("score.metrics=[target_loss]"))
+    assert snapshot(folder.path.parent) == before
+    for words in ("score.metrics=[target_loss]", "score.metrics=null"):
+        with pytest.raises(pytest.fail.Exception):
+            run.main(config(words))
 
 
 @pytest.mark.parametrize("how", ["train.py", "score.py"])
-def test_the_loss_is_added_and_the_rest_stays(config, how, script, monkeypatch):
+def test_an_added_score_is_a_new_file_and_every_other_stays(config, how, script, monkeypatch):
     folder = folder_of(config())
-    before, rows, base_rows = folder.record(), scores_of(folder), scores_of(folder, "validation.base")
-    monkeypatch.setattr(Scorer, "answers", lambda *_: pytest.fail("asked for answers"))
+    before = snapshot(folder.path.parent)
+    monkeypatch.setattr(Scorer, "answers", only_losses)
     if how == "train.py":
         run.main(config("score.metrics=[target_loss]"))
     else:
@@ -66,16 +63,16 @@ def test_the_loss_is_added_and_the_rest_stays(config, how, script, monkeypatch):
         code, out, err = script(*command)
         assert code == 0, err
         assert "target_loss " in out
-    after = folder.record()
-    now, then = after.scores["validation"], before.scores["validation"]
-    assert list(now.metrics) == list(now.base) == list(now.gain) == [*OWN, *LOSS_METRICS]
-    for kind in ("metrics", "base", "gain"):
-        assert {name: getattr(now, kind)[name] for name in OWN} == getattr(then, kind)
-    assert (now.first_metric, now.seconds, now.signatures) == (OWN[0], then.seconds, then.signatures)
-    assert now.gain[TARGET_LOSS].value == pytest.approx(now.metrics[TARGET_LOSS].value - now.base[TARGET_LOSS].value)
-    assert scores_of(folder) == rows
-    assert scores_of(folder, "validation.base") == base_rows
-    assert after.to_json() | {"scores": 0} == before.to_json() | {"scores": 0}
+    after = snapshot(folder.path.parent)
+    answers, losses = read_run_scores(folder).of("validation")
+    assert {name: after[name] for name in before} == before
+    assert {name for name in after if name not in before and not name.endswith(".lock")} == {
+        f"{folder.path.name}/scores/validation.losses.jsonl",
+        f"base/{losses.base}.jsonl",
+    }
+    assert (list(answers.metrics), list(losses.metrics)) == (OWN, list(LOSS_METRICS))
+    base = read_run_scores(folder).base_metrics("validation")
+    assert losses.gain[TARGET_LOSS].value == pytest.approx(losses.metrics[TARGET_LOSS].value - base[TARGET_LOSS].value)
     monkeypatch.undo()
     assert not wrong(folder)
 
@@ -83,44 +80,110 @@ def test_the_loss_is_added_and_the_rest_stays(config, how, script, monkeypatch):
 def test_a_split_of_losses_alone_has_no_answers_until_they_are_asked_for(config, monkeypatch):
     folder = folder_of(config())
     with monkeypatch.context() as patch:
-        patch.setattr(Scorer, "answers", lambda *_: pytest.fail("asked for answers"))
+        patch.setattr(Scorer, "answers", only_losses)
         run.main(config("score.metrics=[target_loss_by_token]", "score.splits=[test]"))
-    losses = folder.record().scores["test"]
+    (losses,) = read_run_scores(folder).of("test")
     assert list(losses.metrics) == list(LOSS_METRICS)
-    assert {(r.output, r.ended) for r in read_predictions(folder.predictions_file("test"))} == {("", NOT_GENERATED)}
+    assert {(row.output, row.ended) for row in rows_of(folder, "test", "losses")} == {("", "")}
     assert not wrong(folder)
     run.main(config("score.splits=[test]"))
-    both = folder.record().scores["test"]
-    assert list(both.metrics) == [*OWN, *LOSS_METRICS]
-    assert {name: both.metrics[name] for name in LOSS_METRICS} == losses.metrics
-    assert all(row.has_answer for row in read_predictions(folder.predictions_file("test")))
+    assert read_run_scores(folder).of("test")[1] == losses
+    assert list(read_run_scores(folder).metrics("test")) == [*OWN, *LOSS_METRICS]
+    assert all(row.ended for row in rows_of(folder, "test"))
     assert not wrong(folder)
 
 
-def test_the_loss_of_other_rows_is_not_added(config, caplog):
+def test_losses_that_are_added_in_halved_batches_say_so_and_the_answers_stay(config, monkeypatch):
+    folder = folder_of(config())
+    (before,) = read_run_scores(folder).of("validation")
+    compute = scoring.row_losses
+
+    def limited(model, batch):
+        if len(batch.rows) > 2:
+            raise MemoryError
+        return compute(model, batch)
+
+    monkeypatch.setattr(scoring, "row_losses", limited)
+    score_more(folder, metrics=[TARGET_LOSS])
+    monkeypatch.undo()
+    answers, losses = read_run_scores(folder).of("validation")
+    assert (answers, losses.batch_halvings) == (before, 1)
+    assert not wrong(folder)
+
+
+def test_scores_of_other_rows_are_not_added(config, caplog):
     folder = folder_of(config())
     put(folder.path, "data.train.digest", "0" * 64)
     score_more(folder, splits=["test"])
     assert "the training rows here are not those of the run" in caplog.text
-    put(folder.path, "scores.validation.digest", "0" * 64)
-    with pytest.raises(UserError, match="validation was scored on other rows"):
+    put_in_scores(folder.scores_file("validation", "answers"), "digest", "0" * 64)
+    before = snapshot(folder.path.parent)
+    with pytest.raises(UserError, match=r"its answers of validation are of other rows .* with --again"):
         score_more(folder, metrics=[TARGET_LOSS])
+    assert snapshot(folder.path.parent) == before
     # Scored again as a whole, the split has one set of rows.
-    scores = score_more(folder, again=True, metrics=None).scores["validation"]
-    assert list(scores.metrics) == [*OWN, *LOSS_METRICS]
+    answers, losses = score_more(folder, again=True, metrics=None).of("validation")
+    assert answers.digest == losses.digest != "0" * 64
+
+
+def test_two_runs_share_the_file_of_the_base_model(config, tiny_config, monkeypatch):
+    folder = folder_of(config())
+    before = snapshot(folder.path.parent / "base")
+    other = tiny_config("score.batch_size=4", "score.metrics=[exact_match_strict]", "seed=1")
+    sizes = little_memory(monkeypatch, rows=4)
+    run.main(other)
+    assert sizes == [4] * 3, "the adapted model alone was asked"
+    assert snapshot(folder.path.parent / "base") == before
+    (ours,), (theirs,) = (read_run_scores(each).of("validation") for each in (folder, folder_of(other)))
+    assert ours.base == theirs.base
+    assert ours.gain.keys() == theirs.gain.keys() == set(OWN)
+
+
+def test_a_finished_run_of_an_earlier_version_counts_as_trained_and_is_scored_again(config, monkeypatch):
+    """Its record held the scores, and their rows were in predictions/."""
+    folder = folder_of(config())
+    rows = rows_of(folder, "validation")
+    put(folder.path, "scores", {"validation": {"metrics": {}, "files": {"predictions/validation.jsonl": "0" * 64}}})
+    put(folder.path, "left_out", None)
+    folder.scores.rename(folder.path / "predictions")
+    before = snapshot(folder.path)
+    monkeypatch.setattr("tiedlora.runs.trainer.Training.train", lambda *_: pytest.fail("trained again"))
+    run.main(config("score.metrics=[exact_match_strict]"))
+    after = snapshot(folder.path)
+    assert {name: after[name] for name in before} == before
+    assert rows_of(folder, "validation") == rows
+
+
+def test_without_a_base_there_is_no_gain_and_no_file_of_it(config):
+    folder = folder_of(config())
+    before = snapshot(folder.path.parent / "base")
+    scores = score_more(folder, splits=["test"], metrics=None, base=False)
+    assert snapshot(folder.path.parent / "base") == before
+    assert [record.gain for record in scores.of("test")] == [{}, {}]
+    assert scores.base_metrics("test") == scores.gains("test") == {}
+    assert not wrong(folder)
+
+
+def test_the_place_of_added_scores_is_that_of_their_process(config, monkeypatch):
+    folder = folder_of(config())
+    (before,) = read_run_scores(folder).of("validation")
+    monkeypatch.setattr(device, "processor_name", lambda: "another processor")
+    answers, losses = score_more(folder, metrics=[TARGET_LOSS]).of("validation")
+    assert answers.execution == before.execution == folder.record().execution
+    assert losses.execution.processor == "another processor"
 
 
 def test_a_changed_loss_is_named_by_its_row(config):
     folder = folder_of(config())
     score_more(folder, metrics=[TARGET_LOSS])
-    path = folder.predictions_file("validation")
-    name = read_predictions(path)[3].id
+    path = folder.scores_file("validation", "losses")
+    name = rows_of(folder, "validation", "losses")[3].id
     change_rows(path, lambda row: row["scores"].update({TARGET_LOSS: row["scores"][TARGET_LOSS] - 0.5}), [3])
     found = "\n".join(wrong(folder, rows=0))
-    assert f"predictions validation: row {name}: its output and its loss score" in found
+    assert f"scores validation.losses: row {name}: its output or its loss scores" in found
     # Consistent with each other, but not what the model computes.
-    total, tokens = read_predictions(path)[3].scores[TARGET_LOSS_BY_TOKEN]
+    total, tokens = rows_of(folder, "validation", "losses")[3].scores[TARGET_LOSS_BY_TOKEN]
     change_rows(path, lambda row: row["scores"].update(loss_scores(total - 0.5 * tokens, int(tokens))), [3])
     found = "\n".join(wrong(folder))
-    assert f"losses validation: row {name}: now [" in found
-    assert "predictions validation: scores.validation.metrics.target_loss.value is " in found
+    assert f"regenerate validation.losses: row {name}: now [" in found
+    assert "scores validation.losses: scores/validation.losses.metrics.target_loss.value is " in found

@@ -4,10 +4,9 @@ import json
 import string
 
 import pytest
-from helpers.tiny import folder_of, saved_tiny, score_more, tiny
+from helpers.tiny import folder_of, rows_of, saved_tiny, score_more, tiny
 
 from tiedlora.models.base_model import BaseModel
-from tiedlora.records.rows import read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import loading, run, verify
 from tiedlora.runs.inputs import SingleSlotCache
@@ -31,7 +30,7 @@ def has_letters(folder: RunFolder, name: str) -> bool:
 
 
 def answers(folder: RunFolder, name: str) -> list[tuple[str, str]]:
-    return [(row.output, row.ended) for row in read_predictions(folder.predictions_file(name))]
+    return [(row.output, row.ended) for row in rows_of(folder, name)]
 
 
 def test_only_the_models_own_ends_count():

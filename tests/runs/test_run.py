@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from helpers import processes
 from helpers.task_rows import write
-from helpers.tiny import folder_of, score_more, tiny
+from helpers.tiny import folder_of, rows_of, score_more, tiny
 
 from tiedlora.config.compose import compose_config
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
-from tiedlora.records.loss_metrics import is_loss
-from tiedlora.records.rows import read_metrics, read_predictions, read_validation_losses
+from tiedlora.records.rows import read_metrics, read_validation_losses
+from tiedlora.records.scores import read_run_scores, read_scores
 from tiedlora.runs import inputs, loading, run
 from tiedlora.runs.inputs import SingleSlotCache
 from tiedlora.tasks.generated import Generated
@@ -35,9 +35,16 @@ def test_the_record_is_complete(tiny_config, capsys):
     assert [(row.step, len(row.losses)) for row in evaluations] == [(step, 12) for step in (0, 3, 6)]
     loss = sum(map(operator.mul, evaluations[-1].losses, evaluations[-1].tokens)) / sum(evaluations[-1].tokens)
     assert loss == pytest.approx(training.validation_loss_last, rel=1e-6)
-    predictions = [json.loads(line) for line in folder.predictions_file("validation").read_text().splitlines()]
-    assert len(predictions) == result.scores["validation"].rows > 0
-    assert folder.predictions_file("validation.base").exists()
+    assert [path.name for path in sorted(folder.scores.iterdir())] == [
+        "validation.answers.jsonl",
+        "validation.losses.jsonl",
+    ]
+    for record in read_run_scores(folder).of("validation"):
+        assert (record.run_id, record.adapter) == (result.run_id, result.files["adapter/adapter.json"])
+        assert len(rows_of(folder, "validation", record.kind)) == record.rows == 12
+        base = read_scores(folder.base_scores_file(record.base)).record
+        assert (base.run_id, base.adapter, base.gain, base.rows) == ("", "", {}, 12)
+        assert list(record.metrics) == list(record.gain) == list(base.metrics)
     assert result.adapter_bytes == sum(f.stat().st_size for f in folder.adapter.iterdir())
     assert not folder.checkpoints.exists()
     shown = capsys.readouterr().out
@@ -46,17 +53,18 @@ def test_the_record_is_complete(tiny_config, capsys):
 
 
 def test_answers_at_every_validation_give_curves_of_the_scores_and_change_nothing(tiny_config, finished_run):
-    without = folder_of(finished_run()).record()
+    plain = folder_of(finished_run())
+    without, rows_without = plain.record(), rows_of(plain, "validation")
     config = tiny_config("train.validation_answers=5", "force=true")
     with_answers = run.main(config)
     assert with_answers.run_id == without.run_id
     assert with_answers.files == without.files
-    assert with_answers.scores["validation"].files == without.scores["validation"].files
     folder = folder_of(config)
+    assert rows_of(folder, "validation") == rows_without
     rows = [row for row in read_metrics(folder.metrics_file) if "validation/loss" in row.values]
     assert [row.step for row in rows] == [0, 3, 6]
-    first = read_predictions(folder.predictions_file("validation"))[:5]
-    for name in (name for name in without.scores["validation"].metrics if not is_loss(name)):
+    first = rows_without[:5]
+    for name in first[0].scores:
         mean = sum(float(row.scores[name]) for row in first) / 5
         assert rows[-1].values[f"validation/{name}"] == pytest.approx(mean)
 

@@ -3,7 +3,7 @@
 import pytest
 from helpers.sweeping import search_options
 from helpers.task_rows import write
-from helpers.tiny import score_more
+from helpers.tiny import folder_of, rows_of, score_more
 
 from tiedlora.config.compose import compose_config
 from tiedlora.errors import UserError
@@ -47,8 +47,8 @@ def test_those_that_are_trained_are_named_too_when_a_finished_run_is_scored(word
     score_more(RunFolder(path), **more)
     assert SAID in caplog.text
     (data / "train.jsonl").rename(data / "elsewhere.jsonl")
-    record = score_more(RunFolder(path), **more, again=True)
-    assert record.scores["test"].rows == 30
+    (losses,) = score_more(RunFolder(path), **more, again=True).of("test")
+    assert losses.rows == 30
     assert "the test rows are not compared with the training rows: " in caplog.text
 
 
@@ -56,8 +56,9 @@ def test_a_finished_run_scores_the_rows_that_the_present_command_names(words, da
     run.main(compose_config([*words(), "score.splits=[]"]))
     (data / "more.jsonl").rename(data / "test.jsonl")
     data.rename(data.parent / "mine")
-    record = run.main(compose_config(words("task.folder=mine")))
-    assert record.scores["test"].rows == 30
+    config = compose_config(words("task.folder=mine"))
+    run.main(config)
+    assert len(rows_of(folder_of(config), "test")) == 30
 
 
 def test_a_staged_sweep_launches_nothing_without_the_rows_that_it_will_score(words):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import processes
 from helpers.commands import wait_until
-from helpers.tiny import folder_of
+from helpers.tiny import folder_of, rows_of
 
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import STOP_MESSAGE, StoppedEarly, exit_codes
@@ -182,4 +182,6 @@ def test_a_signal_while_a_finished_run_is_scored_ends_as_a_stop(tiny_config, fin
         run.main(tiny_config("score.splits=[validation]"))
     assert end.value.code == 75
     monkeypatch.undo()
-    assert run.main(tiny_config("score.splits=[validation]")).scores
+    config = tiny_config("score.splits=[validation]")
+    run.main(config)
+    assert rows_of(folder_of(config), "validation")

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.hostile import change_rows
 from helpers.task_rows import GOOD
+from helpers.tiny import rows_of
 
 from tiedlora import storage
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
-from tiedlora.export.study_records import export_record
+from tiedlora.export.study_records import export_adapter, export_record, export_scores
 from tiedlora.page import write
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, verify
@@ -45,7 +47,10 @@ def study(request, tmp_path_factory):
     )
     run.main(config)
     own = RunFolder(place / "outputs" / run_id(config))
-    return place, own, export_record(own, place / "kept" / "runs", keep_adapter=True)
+    kept = export_record(own, place / "kept" / "runs")
+    export_scores(own, kept)
+    export_adapter(own, kept)
+    return place, own, kept
 
 
 def findings(folder, place, **options):
@@ -56,11 +61,14 @@ def test_it_holds_no_text_of_the_data_and_no_path(study):
     place, _, kept = study
     files = [path for path in (place / "kept").rglob("*") if path.suffix in (".json", ".jsonl", ".yaml", ".gz")]
     texts = [storage.read_content(path.with_suffix("") if path.suffix == ".gz" else path).decode() for path in files]
-    assert len(texts) > 5
+    assert len(texts) > 10, "six files of scores are among them"
     assert not any("neutral sentence" in text for text in texts)
     assert not any("plus one" in text or "Number 3" in text or '"bb"' in text for text in texts)
     assert not any(str(place) in text for text in texts)
-    assert not (kept.path / "predictions" / "validation.base.jsonl").exists()
+    scored = [path for path in (place / "kept").rglob("*.jsonl*") if {"scores", "base"} & set(path.parts)]
+    assert len(scored) == 6
+    assert all(path.suffix == ".gz" for path in scored)
+    assert not any(row.prompt or row.references for row in rows_of(kept, "validation"))
 
 
 def test_every_check_passes_with_the_data_at_hand(study):
@@ -69,39 +77,40 @@ def test_every_check_passes_with_the_data_at_hand(study):
     assert [finding for finding in found if finding.ok is False] == []
     passed = {finding.check for finding in found if finding.ok}
     # A loss is checked without the text that it belongs to.
-    assert {"adapter", "files", "predictions validation", "losses validation", "predictions forgetting"} <= passed
-    assert any(finding.check.startswith("regenerate") and finding.ok for finding in found)
+    assert {"adapter", "files", "scores validation.answers", "scores forgetting.losses.base"} <= passed
+    again = [f"regenerate validation.{kind}{base}" for kind in ("answers", "losses") for base in ("", ".base")]
+    assert set(again) <= passed
 
 
 def test_without_the_adapter_its_hash_stays_and_the_rest_is_checked(study, tmp_path):
     place, own, _ = study
-    kept = export_record(own, tmp_path / "runs", keep_adapter=False)
+    kept = export_record(own, tmp_path / "runs")
+    export_scores(own, kept)
     assert not kept.adapter.exists()
     assert kept.finished_record().files == own.finished_record().files
     by_check = {finding.check: finding.ok for finding in findings(kept, place)}
     assert by_check["adapter"] is by_check["regenerate"] is None
-    assert by_check["predictions validation"] is True
+    assert by_check["scores validation.answers"] is True
     assert False not in by_check.values()
 
 
 def test_without_the_data_the_scores_are_not_called_wrong(study, tmp_path):
     _, _, kept = study
     by_check = {finding.check: finding.ok for finding in verify.verify(kept.path, data_root=str(tmp_path), rows=0)}
-    assert by_check["predictions validation"] is None
+    assert by_check["scores validation.answers"] is None
     assert False not in by_check.values()
 
 
 def test_a_changed_score_or_base_file_is_found(study):
     place, _, kept = study
-    # Of the split, and of the neutral text.
-    of_split, of_text = (kept.path.parent / "base").glob("*.jsonl")
-    for path in (of_split, of_text, kept.predictions_file("validation")):
-        before = storage.read_content(path)
-        rows = [json.loads(line) for line in before.splitlines()]
-        rows[1]["output_tokens"] += 1
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        assert any(finding.ok is False for finding in findings(kept, place, rows=0))
-        path.write_bytes(before)
+    for packed in [*(kept.path.parent / "base").glob("*.gz"), *kept.scores.glob("*.gz")]:
+        path, before = packed.with_suffix(""), packed.read_bytes()
+        path.write_bytes(storage.read_content(path))
+        packed.unlink()
+        change_rows(path, lambda row: row.update(shortened=True), [1])
+        assert any(finding.ok is False for finding in findings(kept, place, rows=0)), path
+        path.unlink()
+        packed.write_bytes(before)
     assert all(finding.ok is not False for finding in findings(kept, place, rows=0))
 
 

@@ -7,19 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.hostile import change_rows, put
+from helpers.hostile import change_rows, put, put_in_scores
 from helpers.task_rows import write
 from helpers.tiny import score_more, tiny_scorer
 
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
-from tiedlora.records.rows import PredictionRow, read_predictions
+from tiedlora.records.rows import PredictionRow
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.scores import read_scores
 from tiedlora.runs import verify, verify_scores
 from tiedlora.tasks import load_examples
 
 ROWS = [{"question": f"What is {i} and 1?", "answer": f"{i}\n#### {i + 1}"} for i in range(40)]
-VALIDATION = "predictions/validation.jsonl"
+ANSWERS = "scores/validation.answers.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -43,22 +44,31 @@ def finished(tmp_path_factory, finish):
 def copy(finished, tmp_path):
     place, name = finished
     shutil.copytree(place / "data", tmp_path / "data")
-    shutil.copytree(place / "outputs" / name, tmp_path / name)
-    return tmp_path / name
+    shutil.copytree(place / "outputs", tmp_path / "outputs")
+    return tmp_path / "outputs" / name
+
+
+def base_file(folder: Path, kind: str = "answers") -> Path:
+    run = RunFolder(folder)
+    return run.base_scores_file(read_scores(run.scores_file("validation", kind)).record.base)
+
+
+def data_of(folder: Path) -> Path:
+    return folder.parents[1] / "data"
 
 
 def wrong(folder: Path, rows: int = 4) -> dict[str, str]:
-    findings = verify.verify(folder, data_root=str(folder.parent / "data"), rows=rows)
+    findings = verify.verify(folder, data_root=str(data_of(folder)), rows=rows)
     return {finding.check: finding.explanation for finding in findings if finding.ok is False}
 
 
 def test_an_untouched_run_agrees_in_every_check(copy):
-    findings = verify.verify(copy, data_root=str(copy.parent / "data"), rows=100)
-    assert [finding.check for finding in findings if not finding.ok] == ["result.json"], "what nothing can tell"
+    findings = verify.verify(copy, data_root=str(data_of(copy)), rows=100)
+    assert [finding.check for finding in findings if not finding.ok] == ["result.json", "first lines"], "see UNKNOWN"
     checks = {finding.check for finding in findings}
-    assert checks >= {"configuration", "files", "adapter", "base", "predictions validation"}
-    assert checks >= {"data train", "data validation"}
-    assert checks >= {"regenerate validation", "regenerate validation.base"}
+    assert checks >= {"configuration", "files", "adapter", "base", "data train", "data validation"}
+    files = [f"validation.{kind}{base}" for kind in ("answers", "losses") for base in ("", ".base")]
+    assert checks >= {f"{check} {file}" for check in ("scores", "regenerate") for file in files}
 
 
 def numbers(tree, section=""):
@@ -71,38 +81,55 @@ def numbers(tree, section=""):
             yield name, tree, key
 
 
+OF_SCORES = {"execution.threads", "execution.processes", "seconds", "batch_halvings"}
 UNKNOWN = {
-    *("execution.threads", "execution.processes", "training.peak_memory_bytes"),
-    *("scores.validation.seconds", "scores.validation.loss_seconds"),
+    "results": {"execution.threads", "execution.processes", "training.peak_memory_bytes"},
+    "configuration": set(),
+    "validation.answers": OF_SCORES,
+    "validation.losses": OF_SCORES,
+    "test.drift": OF_SCORES,
+    "answers of the base": OF_SCORES,
 }
-"""The numbers of a plain run that nothing in its folder, its rows or its base model can tell."""
+"""Record -> the numbers of a plain run that nothing in its folder, its rows or its base model can tell."""
 
 
-@pytest.mark.parametrize("whose", ["results", pytest.param("configuration", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "whose", [pytest.param(whose, marks=pytest.mark.slow) if whose == "configuration" else whose for whose in UNKNOWN]
+)
 def test_each_number_of_a_record_is_checked_or_listed_as_not_checked(copy, whose):
     """One number at a time is changed. verify names it, or says that it is not checked."""
-    path = copy / "result.json"
-    record = json.loads(path.read_text())
+    path, rows = copy / "scores" / f"{whose}.jsonl", ""
+    if whose == "test.drift":
+        write(data_of(copy), "gsm8k", *ROWS[:4])
+        score_more(RunFolder(copy), splits=["test"], data_root=str(data_of(copy)), metrics=["target_loss"], drift=True)
+    if whose in ("results", "configuration"):
+        path, record = copy / "result.json", json.loads((copy / "result.json").read_text())
+    else:
+        path = base_file(copy) if whose == "answers of the base" else path
+        first, rows = path.read_text().split("\n", 1)
+        record = json.loads(first)
     named, listed = set(), set()
     places = [
         (key, holder, place)
         for key, holder, place in numbers(record)
-        if key.startswith(("config.", "identity.")) is (whose == "configuration")
+        if path.name != "result.json" or key.startswith(("config.", "identity.")) is (whose == "configuration")
     ]
     for key, holder, place in places:
         number = holder[place]
         holder[place] = number + 1 if isinstance(number, int) else number * 1.001 + 1e-6
-        path.write_text(json.dumps(record))
+        path.write_text(f"{json.dumps(record)}\n{rows}")
         holder[place] = number
-        *found, last = verify.verify(copy, data_root=str(copy.parent / "data"), rows=0)
+        *found, result, first_lines = verify.verify(copy, data_root=str(data_of(copy)), rows=0)
+        last = result if path.name == "result.json" else first_lines
         sections = last.explanation.partition(": ")[2].split(", ")
-        if any(finding.ok is False and f"{key} is " in finding.explanation for finding in found):
+        says = "rows, recorded " if key == "rows" else f"{key} is "
+        if any(finding.ok is False and says in finding.explanation for finding in found):
             named.add(key)
         elif any(f"{key}.".startswith(f"{section}.") for section in sections):
             listed.add(key)
     assert {key for key, *_ in places} == named | listed, "changed, and not a word"
-    assert len(named) >= 20
-    assert listed == (UNKNOWN if whose == "results" else set())
+    assert len(named) >= 7
+    assert listed == UNKNOWN[whose]
 
 
 def test_files_that_were_changed_together_are_checked_against_the_rows_and_the_configuration(copy):
@@ -127,44 +154,95 @@ def test_without_the_logs_of_training_their_numbers_are_listed(copy):
     assert "training.seconds, training.tokens_per_s, training.validation_loss_first" in last.explanation
 
 
-@pytest.mark.parametrize("kind", ["validation", "validation.base"])
-def test_a_changed_output_is_named_by_its_row(copy, kind):
-    path = copy / "predictions" / f"{kind}.jsonl"
-    name = read_predictions(path)[5].id
+@pytest.mark.parametrize("base", ["", ".base"])
+def test_a_changed_output_is_named_by_its_row(copy, base):
+    path = base_file(copy) if base else copy / ANSWERS
+    name = read_scores(path).rows[5].id
     change_rows(path, lambda row: row.update(output=f"#### {row['references'][0]}"), [5])
     found = wrong(copy, rows=100)
-    assert f"row {name}:" in found[f"predictions {kind}"]
-    assert f"row {name}:" in found[f"regenerate {kind}"]
+    assert f"row {name}:" in found[f"scores validation.answers{base}"]
+    assert f"row {name}:" in found[f"regenerate validation.answers{base}"]
     # With an equal score, regeneration alone finds it.
     change_rows(path, lambda row: row.update(output="something else"), [5])
-    assert list(wrong(copy, rows=100)) == ["files validation", f"regenerate {kind}"]
+    assert list(wrong(copy, rows=100)) == [f"regenerate validation.answers{base}"]
 
 
-@pytest.mark.parametrize("name", ["adapter.json", "adapter.safetensors", "validation.jsonl", "validation.base.jsonl"])
+@pytest.mark.parametrize("name", ["adapter.json", "adapter.safetensors"])
 def test_a_file_with_another_sha256_than_the_records_is_named(copy, name):
     """A change without meaning (a space, a line end) is a change too."""
     (path,) = copy.rglob(name)
     path.write_bytes(path.read_bytes() + b"\n")
-    name, check = path.relative_to(copy).as_posix(), "files" if "adapter" in name else "files validation"
+    name = path.relative_to(copy).as_posix()
     found = wrong(copy, rows=0)
-    assert f"files.{name} is " in found[check]
+    assert f"files.{name} is " in found["files"]
     assert ("adapter" in found) == (name == "adapter/adapter.safetensors"), "it has a sha256 of its own"
     path.unlink()
-    assert f"files.{name} is None" in wrong(copy, rows=0)[check]
+    assert f"files.{name} is None" in wrong(copy, rows=0)["files"]
 
 
-def test_an_added_splits_files_are_recorded_too(copy):
-    before = RunFolder(copy).finished_record()
-    write(copy.parent / "data", "gsm8k", *ROWS[:4])
-    after = score_more(RunFolder(copy), splits=["test"], data_root=str(copy.parent / "data"))
-    assert after.scores["test"].files.keys() == {"predictions/test.jsonl", "predictions/test.base.jsonl"}
-    assert after.files == before.files
-    assert not wrong(copy, rows=100)
-    cut_off = (copy / "predictions/test.jsonl").read_text().splitlines(keepends=True)[:3]
-    (copy / "predictions/test.jsonl").write_text("".join(cut_off))
+@pytest.mark.parametrize("base", ["", ".base"])
+def test_rows_without_the_sha256_of_the_first_line_are_named(copy, base):
+    path = base_file(copy) if base else copy / ANSWERS
+    path.write_bytes(path.read_bytes() + b"\n")
     found = wrong(copy, rows=0)
-    assert "predictions/test.jsonl" in found["files test"]
-    assert "rows is 3, recorded 4" in found["predictions test"]
+    assert list(found) == [f"scores validation.answers{base}"]
+    assert "its rows have the sha256 " in found[f"scores validation.answers{base}"]
+
+
+FIRST_LINE = {  # a key of a file of scores -> another value than that of its run and its rows
+    "run_id": "another",
+    "adapter": "0" * 64,
+    "digest": "0" * 64,
+    "shortened": 1,
+    "output_tokens": 7,
+    "cut_targets": 1,
+    "has_targets": False,
+    "source": "text.txt",
+    "source_digest": "0" * 64,
+    "metrics.exact_match_strict.value": 0.4321,
+    "metrics.exact_match_strict.low": -0.1,
+    "metrics.exact_match_strict.method": "bootstrap",
+    "gain.exact_match_strict.high": 0.4321,
+    "gain.exact_match_strict": ...,
+}
+
+
+@pytest.mark.parametrize("key", FIRST_LINE)
+def test_a_first_line_that_its_rows_do_not_give_is_named(copy, key):
+    put_in_scores(copy / ANSWERS, key, FIRST_LINE[key])
+    named = f"scores/validation.answers.{key}"
+    named += ".value" if FIRST_LINE[key] is ... else ""
+    assert f"{named} is " in wrong(copy, rows=0)["scores validation.answers"]
+
+
+@pytest.mark.parametrize("key", ["run_id", "adapter", "digest", "output_tokens", "metrics.exact_match_strict.value"])
+def test_a_wrong_first_line_of_the_base_models_file_is_named(copy, key):
+    put_in_scores(base_file(copy), key, FIRST_LINE[key])
+    assert f"base/validation.answers.{key} is " in wrong(copy, rows=0)["scores validation.answers.base"]
+
+
+def test_the_base_models_scores_of_another_kind_are_named(copy):
+    shutil.copy(base_file(copy, "losses"), base_file(copy, "answers"))
+    assert "kind is 'answers', recorded 'losses'" in wrong(copy, rows=0)["scores validation.answers.base"]
+
+
+def test_a_run_that_was_moved_without_its_base_is_not_called_wrong(copy):
+    shutil.rmtree(copy.parent / "base")
+    findings = verify.verify(copy, data_root=str(data_of(copy)), rows=0)
+    assert {finding.check: finding.ok for finding in findings}["scores validation.answers.base"] is None
+    assert not [finding for finding in findings if finding.ok is False]
+
+
+def test_an_added_split_is_checked_too(copy):
+    before = RunFolder(copy).finished_record()
+    write(data_of(copy), "gsm8k", *ROWS[:4])
+    score_more(RunFolder(copy), splits=["test"], data_root=str(data_of(copy)), drift=True)
+    assert RunFolder(copy).finished_record() == before
+    findings = verify.verify(copy, data_root=str(data_of(copy)), rows=100)
+    assert not [finding for finding in findings if finding.ok is False]
+    assert {finding.check for finding in findings} >= {"regenerate test.drift", "regenerate test.answers.base"}
+    change_rows(copy / "scores/test.drift.jsonl", lambda row: row["scores"].update(drift=3.0), [2])
+    assert {"scores test.drift", "regenerate test.drift"} == set(wrong(copy, rows=100))
 
 
 def test_an_adapter_of_another_base_model_is_named(copy):
@@ -177,8 +255,8 @@ def test_an_adapter_of_another_base_model_is_named(copy):
 
 def test_a_changed_data_row_is_named(copy):
     """A held-out row is named by its id. For training rows the record holds only a hash, so the split is named."""
-    path = copy.parent / "data" / "gsm8k" / "train.jsonl"
-    rows = read_predictions(copy / VALIDATION)
+    path = data_of(copy) / "gsm8k" / "train.jsonl"
+    rows = read_scores(copy / ANSWERS).rows
     original = path.read_text()
     questions = [row.prompt.split("Question: ")[1].split("\n")[0] for row in rows]
     question = questions[3]
@@ -214,24 +292,26 @@ def test_a_renamed_folder_is_named(copy):
 def elsewhere(copy):
     """The copy, as if its record came from another processor."""
     put(copy, "execution.processor", "Another (AVX512)")
+    for path in [*(copy / "scores").iterdir(), base_file(copy), base_file(copy, "losses")]:
+        put_in_scores(path, "execution.processor", "Another (AVX512)")
     return copy
 
 
 def regeneration(folder: Path):
-    findings = verify.verify(folder, data_root=str(folder.parent / "data"), rows=100)
-    return {finding.check: finding for finding in findings if finding.check.startswith(("regenerate", "losses"))}
+    findings = verify.verify(folder, data_root=str(data_of(folder)), rows=100)
+    return {finding.check: finding for finding in findings if finding.check.startswith("regenerate")}
 
 
 def test_on_another_processor_an_output_may_differ_by_rounding(elsewhere, monkeypatch):
-    assert not regeneration(elsewhere)["regenerate validation"].by_rounding, "nothing differs yet"
-    change_rows(elsewhere / VALIDATION, lambda row: row.update(output="something else"))
-    wrong_here = regeneration(elsewhere)["regenerate validation"]
+    assert not regeneration(elsewhere)["regenerate validation.answers"].by_rounding, "nothing differs yet"
+    change_rows(elsewhere / ANSWERS, lambda row: row.update(output="something else"))
+    wrong_here = regeneration(elsewhere)["regenerate validation.answers"]
     assert wrong_here.ok is False
     assert "rounding does not explain it" in wrong_here.explanation
     assert "Another (AVX512)" in wrong_here.explanation
     # A gap as large as the logits of a random model allows every text.
     monkeypatch.setitem(verify_scores.TOLERANCES, "float32", verify_scores.Tolerances(1e-3, 100.0, 0.5, 0.05))
-    close = regeneration(elsewhere)["regenerate validation"]
+    close = regeneration(elsewhere)["regenerate validation.answers"]
     assert close.ok
     assert close.by_rounding
     assert close.explanation.startswith("12 of 12 outputs differ, none by more than another device's rounding")
@@ -251,7 +331,7 @@ def test_the_gap_of_another_answer_is_the_largest_of_its_logits(finished):
         return max(gaps)
 
     for text in "abc#1":
-        answer = PredictionRow("0", example.prompt, [], text, {}, ended="length")
+        answer = PredictionRow("0", example.prompt, [], {}, output=text, ended="length")
         for ended, end in (("length", ()), ("end", (tokenizer.eos_token_id,))):
             gap = verify_scores.largest_gap(model, scorer, example, answer, replace(answer, ended=ended))
             # The answer may have begun with a blank, and the smaller gap of the two counts.
@@ -260,21 +340,22 @@ def test_the_gap_of_another_answer_is_the_largest_of_its_logits(finished):
 
 @pytest.mark.parametrize(("factor", "ok"), [(1.01, True), (1.2, False)])
 def test_on_another_processor_the_mean_loss_must_agree(finished, elsewhere, monkeypatch, factor, ok):
-    write(elsewhere.parent / "data", "gsm8k", *ROWS[:8])
+    write(data_of(elsewhere), "gsm8k", *ROWS[:8])
     added = score_more(
-        RunFolder(elsewhere), data_root=str(elsewhere.parent / "data"), splits=["test"], metrics=["target_loss"]
+        RunFolder(elsewhere), data_root=str(data_of(elsewhere)), splits=["test"], metrics=["target_loss"]
     )
-    (here,) = added.scores["test"].executions
-    assert here.processor != added.execution.processor
-    put(elsewhere, "scores.test.executions", [{**vars(here), "processor": "Another (AVX512)"}])
+    (losses,) = added.of("test")
+    assert losses.execution.processor != RunFolder(elsewhere).finished_record().execution.processor
+    path = elsewhere / "scores/test.losses.jsonl"
+    put_in_scores(path, "execution.processor", "Another (AVX512)")
     monkeypatch.setitem(verify_scores.TOLERANCES, "float32", verify_scores.Tolerances(1e-3, 0.01, 0.5, 0.05))
 
     def scale(row):
         total, tokens = row["scores"]["target_loss_by_token"]
         row["scores"]["target_loss_by_token"] = [total * factor, tokens]
 
-    change_rows(elsewhere / "predictions/test.jsonl", scale)
-    finding = regeneration(elsewhere)["losses test"]
+    change_rows(path, scale)
+    finding = regeneration(elsewhere)["regenerate test.losses"]
     assert finding.ok is ok
     assert finding.by_rounding is ok
-    assert "the mean of 8 losses differs by" in finding.explanation
+    assert "the mean of 8 rows differs by" in finding.explanation

@@ -5,11 +5,14 @@ import itertools
 
 import pytest
 import torch
+from helpers.hostile import change_rows, snapshot
 from helpers.tiny import folder_of, randomise, tiny_scorer
 
+from tiedlora import storage
 from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import LOSS_METRICS, TARGET_LOSS, TARGET_LOSS_BY_TOKEN
+from tiedlora.records.scores import read_run_scores
 from tiedlora.records.summary import terminal_lines
 from tiedlora.runs import add_scores, run, verify
 from tiedlora.scoring.passages import PASSAGE_TOKENS, PASSAGES, as_passages, read_passages, split_text
@@ -64,14 +67,14 @@ def test_every_token_but_the_first_is_predicted():
     scorer = tiny_scorer("score.batch_size=2", context=64)
     randomise(scorer.arm.adapter, scale=0.2)
     texts = ["One sentence.", "Another, longer sentence.", "Yes"]
-    rows = scorer.rows(as_passages(texts), "test", losses=True)
+    rows = scorer.rows(as_passages(texts), "test", "losses")
     for row, text in zip(rows, texts, strict=True):
         ids = torch.tensor([scorer.encoder.tokenizer(text, add_special_tokens=False).input_ids])
         with torch.no_grad():
             expected = float(scorer.arm.model(input_ids=ids, labels=ids).loss)
         assert row.scores[TARGET_LOSS] == pytest.approx(expected, rel=1e-5)
         assert row.scores[TARGET_LOSS_BY_TOKEN][1] == ids.shape[1] - 1
-        assert (row.prompt, row.references, row.has_answer) == ("", [text], False)
+        assert (row.prompt, row.references, row.output) == ("", [text], "")
 
 
 def test_no_text_is_one_line(tmp_path, encoder):
@@ -88,13 +91,16 @@ def test_a_run_records_it_and_a_finished_one_gets_it(tiny_config, text, script, 
     assert run_id(config) == run_id(tiny_config())
     record = run.main(config)
     folder = folder_of(config)
-    scores = record.scores["forgetting"]
-    assert list(scores.metrics) == list(scores.base) == list(scores.gain) == list(LOSS_METRICS)
-    assert scores.source == str(text)
-    assert scores.gain[TARGET_LOSS].value == pytest.approx(
-        scores.metrics[TARGET_LOSS].value - scores.base[TARGET_LOSS].value
+    scores = read_run_scores(folder)
+    (losses,) = scores.of("forgetting")
+    (base,) = scores.of("forgetting", base=True)
+    assert list(losses.metrics) == list(base.metrics) == list(losses.gain) == list(LOSS_METRICS)
+    assert (losses.kind, losses.source, losses.source_digest) == ("losses", str(text), storage.sha256(text))
+    assert losses.gain[TARGET_LOSS].value == pytest.approx(
+        losses.metrics[TARGET_LOSS].value - base.metrics[TARGET_LOSS].value
     )
-    assert f"forgetting: {scores.rows} passages of {text}, losses in nats" in terminal_lines(record, folder.path)
+    shown = terminal_lines(record, scores, folder.path)
+    assert f"forgetting: {losses.rows} passages of {text}, losses in nats" in shown
     assert not [finding for finding in verify.verify(folder.path, rows=100) if finding.ok is False]
     # The same text is not scored again, and the base model's losses are shared by runs of every task.
     with monkeypatch.context() as patch:
@@ -108,19 +114,20 @@ def test_a_run_records_it_and_a_finished_one_gets_it(tiny_config, text, script, 
     assert asked == ["adapted model's loss on forgetting"]
     # A file that has changed is scored again.
     text.write_text(f"A title\n\n{WORDS}\n\nAnother end.\n")
-    assert run.main(config).scores["forgetting"].digest != scores.digest
+    run.main(config)
+    assert read_run_scores(folder).of("forgetting")[0].digest != losses.digest
     # Another text replaces it; verification needs neither file.
     (tmp_path / "other.txt").write_text("Another text. " * 30)
-    before = record.scores["validation"]
+    before = snapshot(folder.path)
     code, _, err = script("scripts/score.py", folder.path, "--forgetting", tmp_path / "other.txt")
     assert code == 0, err
     text.unlink()
-    after = folder.record()
-    assert after.scores["validation"] == before
-    assert list(after.scores) == ["validation", "forgetting"]
-    assert after.scores["forgetting"].digest != scores.digest
+    after = snapshot(folder.path)
+    assert {name for name in {**before, **after} if before.get(name) != after.get(name)} == {
+        "scores/forgetting.losses.jsonl"
+    }
     assert not [finding for finding in verify.verify(folder.path, rows=100) if finding.ok is False]
-    path = folder.predictions_file("forgetting")
-    path.write_text(path.read_text().replace("Another text", "Another word", 1))
+    path = folder.scores_file("forgetting", "losses")
+    change_rows(path, lambda row: row.update(references=[row["references"][0].replace("Another", "The other")]), [0])
     wrong = {finding.check for finding in verify.verify(folder.path, rows=0) if finding.ok is False}
-    assert {"data forgetting", "files forgetting"} <= wrong
+    assert {"data forgetting", "scores forgetting.losses"} <= wrong

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import folder_of, little_memory, randomise, tiny
+from helpers.tiny import folder_of, little_memory, randomise, rows_of, tiny
 
 from tiedlora.adapter import attach
 from tiedlora.errors import UserError
 from tiedlora.page import write
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.scores import read_score_record
 from tiedlora.runs import run, verify
 from tiedlora.scoring.split import scored_model, with_halved_batches
 
@@ -18,21 +20,27 @@ def test_the_limit_on_tokens_is_halved_too(tiny_config):
     assert (score.batch_size, score.batch_tokens) == (1, 12)
 
 
+def halvings(folder: RunFolder) -> int:
+    return read_score_record(folder.scores_file("validation", "answers")).batch_halvings
+
+
 def test_a_split_is_scored_in_halved_batches_with_its_base(tiny_config, tmp_path, monkeypatch, caplog):
     threes = tiny_config(f"outputs={tmp_path}/threes", "score.batch_size=3", "train.steps=2")
     run.main(threes)
     config, second = (tiny_config("score.batch_size=12", "train.steps=2", f"seed={seed}") for seed in (0, 1))
     sizes = little_memory(monkeypatch, rows=4)
-    record = run.main(config)
-    assert record.scores["validation"].batch_halvings == 2
+    run.main(config)
+    assert halvings(folder_of(config)) == 2
     assert "score.batch_size=12 is halved to 6" in caplog.text
     assert "score.batch_size=6 is halved to 3" in caplog.text
     assert sizes == [3] * 8, "the base's batches, and the adapted model's"
-    for name in ("predictions/validation.jsonl", "predictions/validation.base.jsonl"):
-        assert (folder_of(config).path / name).read_bytes() == (folder_of(threes).path / name).read_bytes()
+    for base in (False, True):
+        ours, theirs = (rows_of(folder_of(each), "validation", base=base) for each in (config, threes))
+        assert ours == theirs
     # Another arm finds the base's scores of batches that fit.
     sizes.clear()
-    assert run.main(second).scores["validation"].batch_halvings == 2
+    run.main(second)
+    assert halvings(folder_of(second)) == 2
     assert sizes == [3] * 4
     # The record says enough to make the outputs again, and the report marks the numbers.
     monkeypatch.undo()
@@ -54,10 +62,10 @@ def test_no_memory_for_one_row_keeps_the_trained_run(tiny_config, monkeypatch):
     monkeypatch.undo()
     trained = folder.path / "adapter" / "adapter.safetensors"
     before = trained.read_bytes()
-    record = run.main(config)
+    run.main(config)
     assert folder.state() == "done"
     assert not folder.error_file.exists()
-    assert record.scores["validation"].batch_halvings is None
+    assert halvings(folder) == 0
     assert trained.read_bytes() == before
 
 

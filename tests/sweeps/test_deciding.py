@@ -2,12 +2,15 @@
 
 import json
 import re
+import shutil
 
 import pytest
+from helpers.hostile import put_in_scores
 from helpers.sweeping import Here, times
 
 from tiedlora.errors import UserError
-from tiedlora.records.run_record import read_record
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.scores import read_finished
 from tiedlora.records.selection import read_selection
 from tiedlora.sweeps import status
 from tiedlora.sweeps.expand import DecidingOptions, compose_sweep
@@ -93,8 +96,8 @@ def test_an_open_claim_takes_the_seeds_of_its_next_looks_within_the_budget(swept
     losses = {}
     for choice in read_selection(swept.path / "selection.json").choices:
         for run_id in choice.run_ids:
-            record = read_record(swept.path.parents[1] / run_id / "result.json")
-            losses[choice.configuration, record.seed] = record.scores["validation"].metrics["target_loss"].value
+            done = read_finished(RunFolder(swept.path.parents[1] / run_id))
+            losses[choice.configuration, done.record.seed] = done.scores.metrics("validation")["target_loss"].value
     # Half of the first seeds' mean difference as the margin: two seeds are too few to decide, and later looks may.
     differences = [losses["TABuv", seed] - losses["LoRA", seed] for seed in (0, 1)]
     margin = sum(differences) / 4
@@ -106,10 +109,10 @@ def test_an_open_claim_takes_the_seeds_of_its_next_looks_within_the_budget(swept
     assert limited.goals == []
     assert f"the budget of {runs + 1} runs is spent" in capsys.readouterr().out
     (swept.path / "plan.json").unlink()
-    file = next(swept.path.parents[1].glob("TABuv-*-s0-*/result.json"))
-    tree = json.loads(file.read_text())
-    tree["scores"]["test"] = tree["scores"]["validation"]  # As after `scripts/score.py RUN --split test`.
-    file.write_text(json.dumps(tree))
+    file = next(swept.path.parents[1].glob("TABuv-*-s0-*/scores/validation.losses.jsonl"))
+    tested = file.with_name("test.losses.jsonl")  # As after `scripts/score.py RUN --split test`.
+    shutil.copy(file, tested)
+    put_in_scores(tested, "split", "test")
     further = Here()
     decide(swept, open_claim, further)
     (verdict,) = verdicts(swept)

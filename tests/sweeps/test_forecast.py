@@ -1,6 +1,7 @@
 """The forecast of a sweep's cost: its arithmetic against the models themselves, and its sums."""
 
 import json
+import shutil
 from dataclasses import replace
 from statistics import mean
 
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tiedlora.config.compose import compose_config
 from tiedlora.models import arithmetic
+from tiedlora.records.scores import read_scores
 from tiedlora.runs import run
 from tiedlora.sweeps import forecast
 from tiedlora.sweeps.cells import SweepCell
@@ -87,10 +89,11 @@ def test_finished_runs_forecast_themselves(tiny_run):
     assert row.tokens == pytest.approx(4 * record.training.tokens)
     assert row.peak_memory_bytes == record.training.peak_memory_bytes
     _, own = cost(config, forecast.observed_speeds(config), {"validation": 12})
-    assert own > 0.99 * (record.training.seconds + record.scores["validation"].seconds)
+    answers = read_scores(swept.cells[0].folder.scores_file("validation", "answers")).record
+    assert own > 0.99 * (record.training.seconds + answers.seconds)
     assert row.seconds == pytest.approx(4 * own)
     assert row.seconds_left == pytest.approx(row.seconds * 3 / 4)
-    put(swept.cells[0].folder.path, "scores", {})
+    shutil.rmtree(swept.cells[0].folder.scores)
     computed = forecast.computed_speeds(config, forecast.TFLOPS)
     assert forecast.observed_speeds(config).scoring == computed.scoring, "answers are not free"
     put(swept.cells[0].folder.path, "config.model", {})

@@ -18,6 +18,7 @@ from tiedlora.config.schema import SLOT_DEVICE
 from tiedlora.errors import UserError
 from tiedlora.models.device import resolve_device
 from tiedlora.records.rows import read_metrics
+from tiedlora.records.scores import read_scores
 from tiedlora.runs import run
 from tiedlora.sweeps import launchers
 from tiedlora.sweeps.cells import Sweep, SweepCell
@@ -25,10 +26,15 @@ from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.launchers import Slots, launcher_of
 
 
-def results(finished: Sequence[SweepCell]) -> dict[str, tuple[dict[str, str], dict[str, str]]]:
-    """The sha256 of the files of the adapter and of the predictions of each cell."""
-    records = [cell.folder.finished_record() for cell in finished]
-    return {record.run_id: (record.files, record.scores["validation"].files) for record in records}
+def results(finished: Sequence[SweepCell]) -> dict[str, tuple[dict[str, str], str]]:
+    """The sha256 of the files of the adapter and of the rows of answers of each cell."""
+    return {
+        cell.run_id: (
+            cell.folder.finished_record().files,
+            read_scores(cell.folder.scores_file("validation", "answers")).record.rows_sha256,
+        )
+        for cell in finished
+    }
 
 
 def has_checkpoint(cell: SweepCell) -> bool:

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.report_runs import add_scores, make_config, make_record, prediction_rows, scored_run, write_run
+from helpers.report_runs import make_config, make_record, scored_run, write_run
 
 from tiedlora.errors import UserError
 from tiedlora.page import write
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.scores import read_finished, read_run_scores
 from tiedlora.records.selection import (
     RateChoice,
     Selection,
@@ -43,13 +45,13 @@ def test_select_chooses_on_validation_and_tests_the_chosen_alone(tiny_run, finis
         assert choice.lr == min(losses, key=losses.get)
         assert choice.edge
     scored = selection.score_test(sweep, chosen)
-    tested = {cell.run_id for cell in sweep.cells if cell.folder.predictions_file("test").exists()}
+    tested = {cell.run_id for cell in sweep.cells if cell.folder.scores_file("test", "answers").exists()}
     assert tested == {run_id for choice in chosen.choices for run_id in choice.run_ids}
     assert len(tested) == 4
     assert "at the edge of the grid" in selection.table(scored.choices)
     for choice in scored.choices:
-        records = [cell.folder.record() for cell in sweep.cells if cell.run_id in choice.run_ids]
-        assert choice.test == sum(record.scores["test"].metrics["exact_match_strict"].value for record in records) / 2
+        tested = [read_run_scores(cell.folder).metrics("test") for cell in sweep.cells if cell.run_id in choice.run_ids]
+        assert choice.test == sum(metrics["exact_match_strict"].value for metrics in tested) / 2
 
 
 @pytest.fixture
@@ -106,9 +108,9 @@ def test_trials_that_differ_are_no_fair_comparison(chosen):
     assert "fair" not in selection.table([choice, choice])
 
 
-def test_a_loss_is_the_better_score_if_it_is_lower_and_runs_of_two_metrics_have_none_in_common():
-    rows = {metric: prediction_rows([0.5, 1.5], metric) for metric in ("target_loss", "exact_match")}
-    loss, match = (add_scores(make_record(), "validation", of_metric) for of_metric in rows.values())
+def test_a_loss_is_the_better_score_if_it_is_lower_and_runs_of_two_metrics_have_none_in_common(tmp_path):
+    folders = [scored_run(tmp_path / name, [0.5, 1.5], metric=name) for name in ("target_loss", "exact_match")]
+    loss, match = (read_finished(RunFolder(folder)) for folder in folders)
     assert validation_scores({0: loss}, "target_loss") == {0: -1.0}
     assert validation_scores({0: match}, "exact_match") == {0: 1.0}
     assert validation_metric([loss, loss]) == "target_loss"
@@ -150,7 +152,7 @@ def random_sweep(outputs: Path, draw: random.Random) -> Sweep:
                     right = draw.choice((2, 3, 4))
                     scored_run(outputs, [1.0] * right + [0.0] * (8 - right), metric=metric, changes=changes, **about)
                 else:
-                    write_run(outputs, make_record(changes, **about), {})
+                    write_run(outputs, make_record(changes, **about))
     draw.shuffle(cells)
     return Sweep("sweep", cells)
 

@@ -51,7 +51,7 @@ def test_it_runs_a_part_of_the_grid_and_scores_only_the_chosen_runs(searched, ca
     assert {(goal.pause_after, goal.splits) for goal in launcher.goals[:4]} == {(2, ())}
     states = {(cell.name.lr, cell.config.seed): cell.state() for cell in sweep.cells}
     assert {key for key, state in states.items() if state == "done"} >= {(choice.lr, seed) for seed in (0, 1, 2)}
-    scored = {cell.run_id for cell in sweep.cells if cell.folder.predictions_file("validation").exists()}
+    scored = {cell.run_id for cell in sweep.cells if cell.folder.scores_file("validation", "answers").exists()}
     assert scored == set(choice.run_ids)
     stopped = [made for made in search.decisions if made.action == "stopped"]
     assert stopped

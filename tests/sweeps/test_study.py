@@ -10,8 +10,8 @@ from functools import partial
 import pytest
 from helpers import processes
 from helpers.commands import wait_until
-from helpers.hostile import snapshot
-from helpers.tiny import score_more
+from helpers.hostile import put, snapshot
+from helpers.tiny import rows_of, score_more
 
 from tiedlora import storage
 from tiedlora.analysis.runs import read_runs, run_roots
@@ -19,7 +19,6 @@ from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
-from tiedlora.records.rows import read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.selection import RateChoice, Selection, write_selection
 from tiedlora.runs import run
@@ -167,13 +166,11 @@ def test_a_study_continues_from_its_records_on_another_machine(folder, outputs, 
     words = [f"outputs={elsewhere}", f"cache={place}/.cache", *WORDS]
     run.main(compose_config([*words, "seed=1"]))
     assert "finished before" in capsys.readouterr().out
-    before = RunFolder(elsewhere / ids[1]).finished_record()
+    before = snapshot(elsewhere / ids[1])
     assert not (elsewhere / ids[1] / "adapter").exists()
-    scored = run.main(compose_config([*words, "seed=1", "score.splits=[test]"]))
-    assert "the run is trained again" in capsys.readouterr().out
-    assert set(scored.scores) == {"validation", "test"}
-    assert scored.files == before.files, "the adapter that was trained again differs"
-    assert scored.left_out is None
+    with pytest.raises(UserError, match=r"is a study's record without its adapter, which scores need; .*force=true"):
+        run.main(compose_config([*words, "seed=1", "score.splits=[test]"]))
+    assert snapshot(elsewhere / ids[1]) == before
 
 
 def test_a_run_that_diverged_stays_a_result_on_another_machine(folder, outputs, tmp_path):
@@ -244,19 +241,31 @@ def test_scores_that_a_restored_run_has_got_since_are_kept_without_texts(folder,
     for name in ("outputs", "older"):
         study.restore_study(folder, tmp_path / name)
     (run,) = (RunFolder(path.parent) for path in (tmp_path / "outputs").glob("*/adapter"))
-    added = "test" if "test" not in run.finished_record().scores else "validation"
-    shutil.copytree(run.path, run.path.with_name(f"{run.path.name}-before"))
-    score_more(run, drift=True)
-    score_more(run, splits=[added])
-    assert all(row.prompt for row in read_predictions(run.predictions_file(added)))
     kept = RunFolder(folder / "runs" / run.path.name)
+    before = snapshot(folder / "runs")
+    score_more(run, splits=["validation", "test"], drift=True)
+    assert all(row.prompt for row in rows_of(run, "test"))
     for name in ("outputs", "older"):
         study.export_study(folder, tmp_path / name)
-        assert kept.finished_record().scores.keys() == {"validation", "test"}
-    assert not any(row.prompt or row.references for row in read_predictions(kept.predictions_file(added)))
-    assert kept.adapter.exists()
+    after = snapshot(folder / "runs")
+    assert {name: after[name] for name in before} == before, "a file that was there has changed"
+    added = {name for name in after if name not in before}
+    assert len(added) == 6, "the drift of validation, and three kinds of test with two of the base model"
+    assert all(name.endswith(".jsonl.gz") for name in added)
+    assert not any(row.prompt or row.references for row in rows_of(kept, "test"))
     with pytest.raises(UserError, match=r"is a study's record; copy it to outputs"):
-        score_more(kept, splits=[added], again=True)
+        score_more(kept, splits=["test"], again=True)
+
+
+def test_another_training_of_a_run_that_is_kept_is_left_out(folder, outputs, tmp_path, caplog):
+    place, ids = outputs
+    study.export_study(folder, place)
+    before = snapshot(folder / "runs")
+    shutil.copytree(place, tmp_path / "here")
+    put(tmp_path / "here" / ids[0], "files", {"adapter/adapter.json": "0" * 64})
+    study.export_study(folder, tmp_path / "here")
+    assert snapshot(folder / "runs") == before
+    assert f"{ids[0]}: is another training of the run that the study keeps" in caplog.text
 
 
 @pytest.fixture
@@ -305,9 +314,9 @@ def test_all_runs_of_a_study_are_verified_at_once(folder, outputs, command):
     code, told, err = command("verify", folder)
     assert code == 0, err
     assert told.splitlines()[-1] == "2 of 2 runs agree with their records"
-    predictions = folder / "runs" / ids[0] / "predictions" / "validation.jsonl"
-    predictions.write_bytes(storage.read_content(predictions) + b"\n")
-    storage.compress(predictions)
+    answers = folder / "runs" / ids[0] / "scores" / "validation.answers.jsonl"
+    answers.write_bytes(storage.read_content(answers) + b"\n")
+    storage.compress(answers)
     code, told, err = command("verify", folder)
     assert code == 3
     assert f"WRONG  {ids[0]}" in told

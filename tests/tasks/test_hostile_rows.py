@@ -6,6 +6,7 @@ import zipfile
 import pytest
 from helpers.hostile import ODD_VALUES, refused, right_or_refused, search
 from helpers.task_rows import FIVE, GOOD, task_option, write
+from helpers.tiny import folder_of, rows_of
 from helpers.tiny import task_option as compose_task
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,8 +60,8 @@ def test_hostile_texts_that_are_rows_train_and_score(tmp_path, tiny_run):
     more = (f"data_root={tmp_path}/data", "task.validation_from_train=8", "train.steps=1", "train.warmup_steps=0")
     for seed in (0, 1):  # the second run reads the base model's predictions of the first
         config = compose_config(tiny_run(*more, f"seed={seed}", task="gsm8k"))
-        record = run.main(config)
-        assert record.scores["validation"].rows == 8
+        run.main(config)
+        assert len(rows_of(folder_of(config), "validation")) == 8
 
 
 def test_options_of_generated_rows(tmp_path):

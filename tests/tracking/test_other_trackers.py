@@ -13,6 +13,7 @@ from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.scores import read_run_scores
 
 KEYS = ("train/loss", "validation/loss", "train/lr")
 needs_trackio = pytest.mark.skipif(find_spec("trackio") is None, reason="needs the extra trackio")
@@ -47,7 +48,7 @@ def test_trackio_reads_the_run_back(tiny_run, tmp_path, monkeypatch):
         values = ask("get", "metric", *named, "--metric", key)["values"]
         assert [(value["step"], value["value"]) for value in values] == curve(folder, key)
     (score,) = ask("get", "metric", *named, "--metric", "validation/exact_match_strict")["values"]
-    assert score["value"] == folder.finished_record().scores["validation"].metrics["exact_match_strict"].value
+    assert score["value"] == read_run_scores(folder).metrics("validation")["exact_match_strict"].value
 
 
 @pytest.mark.skipif(None in map(find_spec, ("mlflow", "sqlalchemy", "alembic")), reason="needs the extra mlflow")
@@ -64,9 +65,9 @@ def test_mlflow_reads_the_run_back(tiny_run, tmp_path):
     for key in KEYS:
         history = client.get_metric_history(run.info.run_id, key)
         assert sorted((metric.step, metric.value) for metric in history) == curve(folder, key)
-    scores = folder.finished_record().scores["validation"]
-    assert run.data.metrics["validation/exact_match_strict"] == scores.metrics["exact_match_strict"].value
-    assert len(client.load_table(experiment.experiment_id, "answers.json")) == scores.rows
+    (answers, _) = read_run_scores(folder).of("validation")
+    assert run.data.metrics["validation/exact_match_strict"] == answers.metrics["exact_match_strict"].value
+    assert len(client.load_table(experiment.experiment_id, "answers.json")) == answers.rows
 
 
 @needs_trackio

@@ -2,16 +2,19 @@
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from helpers.forks import forked_world
+from helpers.report_runs import make_record, prediction_rows, score_run, scored_run, write_run
 from helpers.tiny import folder_of
 
 from tiedlora.errors import UserError
-from tiedlora.records.rows import NOT_GENERATED, MetricsRow, PredictionRow, read_metrics, write_predictions
+from tiedlora.records.rows import MetricsRow, read_metrics
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.scores import read_scores
 from tiedlora.runs import run, trainer
 from tiedlora.tracking import run_trackers
 from tiedlora.tracking.run_trackers import RunTrackers, TrackedRun, Tracker, first_answers
@@ -88,12 +91,12 @@ def test_a_tracker_that_fails_is_one_warning_and_gets_nothing_more(moment, faked
 
     monkeypatch.setattr(FakeTracker, moment, fail)
     monkeypatch.setattr(FakeTracker, "abandon", lambda tracker: None)
-    write_predictions(RunFolder(tmp_path).predictions_file("validation"), [PredictionRow("1", "p", ["r"], "a", {})])
-    trackers = RunTrackers(TrackedRun("run", tmp_path, faked(), 1), step=None)
+    folder = scored_run(tmp_path, [1.0])
+    trackers = RunTrackers(TrackedRun("run", folder, faked(), 1), step=None)
     trackers.log(rows(1))
     trackers.log(rows(2))
     trackers.finish({})
-    assert read_metrics(tmp_path / "metrics.jsonl") == rows(1, 2)
+    assert read_metrics(folder / "metrics.jsonl") == rows(1, 2)
     (warning,) = [entry.getMessage() for entry in caplog.records if "has failed" in entry.getMessage()]
     assert "server on fire ␛[31m" in warning
     assert calls == [moment]
@@ -110,14 +113,15 @@ def test_a_package_that_is_missing_is_a_mistake_only_if_it_was_asked_for(tiny_co
 
 
 def test_the_table_of_answers_is_bounded_has_plain_texts_and_no_row_without_an_answer(tmp_path):
-    long = PredictionRow("1", "p" * 10**6, ["r"], "\x1b]0;x\x07<script>alert(1)</script>", {"f1": 0.5})
-    without = PredictionRow("1", "p", ["r"], "", {"target_loss": 0.5}, ended=NOT_GENERATED)
-    folder = RunFolder(tmp_path)
+    record = make_record()
+    folder = RunFolder(write_run(tmp_path, record))
     assert first_answers(folder, 7) == []
-    write_predictions(folder.predictions_file("test"), [without])
+    losses = prediction_rows([0.5] * 9, "target_loss")
+    score_run(tmp_path, record, "test", losses)
     assert first_answers(folder, 7) == []
-    write_predictions(folder.predictions_file("validation"), [without, *[long] * 100])
-    write_predictions(folder.predictions_file("validation.base"), [long])
+    rows = prediction_rows([0.5] * 100, "f1", output="\x1b]0;x\x07<script>alert(1)</script>")
+    rows = [replace(row, prompt="p" * 10**6) for row in rows]
+    score_run(tmp_path, record, "validation", rows, rows)
     answers = first_answers(folder, 7)
     assert [list(row) for row in answers] == 7 * [["split", "row", "prompt", "references", "base", "answer", "f1"]]
     assert max(len(cell) for row in answers for cell in row.values() if isinstance(cell, str)) < 2100
@@ -131,8 +135,9 @@ def test_a_run_starts_its_tracker_logs_every_row_and_ends_with_the_summary(faked
     assert tracker.logged == read_metrics(RunFolder(tracker.run.folder).metrics_file)
     ((summary, exit_code),) = tracker.finished
     assert exit_code == 0
-    assert len(tracker.answers) == record.scores["validation"].rows
-    value = record.scores["validation"].metrics["exact_match_strict"].value
+    scored = read_scores(RunFolder(tracker.run.folder).scores_file("validation", "answers"))
+    assert len(tracker.answers) == scored.record.rows
+    value = scored.record.metrics["exact_match_strict"].value
     assert summary["validation/exact_match_strict"] == value
 
 

@@ -4,13 +4,13 @@ import os
 
 import pytest
 from helpers.forks import forked_world
-from helpers.tiny import folder_of, losses_of, tiny
+from helpers.tiny import folder_of, losses_of, rows_of, tiny
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from tiedlora.adapter import attach
 from tiedlora.errors import UserError
-from tiedlora.records.rows import read_predictions, read_validation_losses
+from tiedlora.records.rows import read_validation_losses
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, trainer
 from tiedlora.runs.loading import load
@@ -89,9 +89,7 @@ def test_every_process_validates_and_scores_its_share(tiny_config, tmp_path, mon
     assert sorted(int(line.split()[1]) for line in lines) == [2, 2, 5, 5, 5, 5], "base and adapted model"
     assert len({line.split()[0] for line in lines}) == 2
     one, two = RunFolder(tmp_path / "outputs" / alone.run_id), folder_of(config)
-    assert read_predictions(one.predictions_file("validation.base")) == read_predictions(
-        two.predictions_file("validation.base")
-    )
+    assert rows_of(one, "validation", base=True) == rows_of(two, "validation", base=True)
     first, second = (read_validation_losses(place.validation_losses_file)[0] for place in (one, two))
     assert first == second, "before the first step, all processes have the same model"
 
@@ -157,8 +155,8 @@ class TestShard:
         first, second = (load_file(place.adapter / "adapter.safetensors") for place in (alone, folder))
         for name, values in first.items():
             assert (values - second[name]).abs().max() <= 1e-5 * values.abs().max()
-        for kind in ("validation", "validation.base"):
-            ours, theirs = (read_predictions(place.predictions_file(kind)) for place in (folder, alone))
+        for base in (False, True):
+            ours, theirs = (rows_of(place, "validation", base=base) for place in (folder, alone))
             assert [row.id for row in ours] == [row.id for row in theirs]
             assert [row.output for row in ours] == [row.output for row in theirs]
 

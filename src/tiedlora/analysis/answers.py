@@ -363,14 +363,14 @@ def _measure(claim: Claim, method: RunGroup, split: str) -> Measure:
     Raises:
         NotComparable: no run of the method is scored by it.
     """
-    scored = [run.splits[split] for run in method.runs if split in run.splits]
+    scored = [metrics for run in method.runs if (metrics := run.scores.metrics(split))]
     if not method.runs:
         raise NotComparable(f"{method.name} has none of these seeds")
     if not scored:
         raise NotComparable(f"not scored on {split}")
-    metric = claim.metric_on(method.task, scored[0].first_metric)
-    if all(metric not in scores.metrics for scores in scored):
-        raise NotComparable(f"{split} has no {metric}; it has {', '.join(scored[0].metrics)}")
+    metric = claim.metric_on(method.task, next(iter(scored[0])))
+    if all(metric not in metrics for metrics in scored):
+        raise NotComparable(f"{split} has no {metric}; it has {', '.join(scored[0])}")
     return Measure(split, metric)
 
 

@@ -405,7 +405,7 @@ def sizes(claim: Claim, configuration: str, anchor: RunGroup, groups: Sequence[R
     seeds, metric = set(claim.plan.of_look(0)), claim.tasks.get(anchor.task)
 
     def is_ready(group: RunGroup) -> bool:
-        scored = [(run.seed, run.splits[split].metrics) for run in group.runs if split in run.splits]
+        scored = [(run.seed, metrics) for run in group.runs if (metrics := run.scores.metrics(split))]
         failed = {trial.seed for trial in group.trials if trial.ending == "failed" and trial.lr == group.lr}
         return seeds <= {seed for seed, own in scored if not metric or metric in own} | failed
 

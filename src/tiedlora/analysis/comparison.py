@@ -86,7 +86,7 @@ class Matched:
         """(seeds, rows) for each arm: the scores of the same rows, as recorded; and the rows' clusters.
 
         Raises:
-            NotComparable: predictions are missing or damaged, or are of other rows.
+            NotComparable: rows are missing or damaged, or are others.
         """
         return self.book.tables(self.runs, self.measure)
 
@@ -109,7 +109,7 @@ def match(arms: Sequence[RunGroup], measure: Measure, book: Scorebook, among: Co
         raise NotComparable("no seed in common" if among is None else "no planned seed in common")
     runs = tuple(tuple(own[seed] for seed in seeds) for own in by_seed)
     every = list(itertools.chain.from_iterable(runs))
-    if len({run.splits[measure.split].digest for run in every}) > 1:
+    if len({run.scores.adapted[measure.split, measure.kind].digest for run in every}) > 1:
         raise NotComparable("other data")
     # Shuffled targets are the same rows in another order, and so have another digest.
     for is_shuffled in (False, True):
@@ -208,7 +208,7 @@ def compare_planned(
     """
     try:
         comparison = compare(method, comparator, measure, book, floor)
-        # Read here, because one seed's damaged predictions refuse all of them.
+        # Read here, because one seed's damaged rows refuse all of them.
         _ = comparison.sides
     except NotComparable:
         return compare(method, comparator, measure, book, floor, planned)

@@ -24,7 +24,7 @@ from tiedlora.config.identity import leaves
 from tiedlora.config.sizes import is_near
 from tiedlora.config.trial_arm import TrialArm, own_values
 from tiedlora.records.provenance import CHAT_TEMPLATE, TARGET_BLANK, TOKENIZER
-from tiedlora.records.run_record import RunRecord
+from tiedlora.records.scores import Finished
 from tiedlora.records.selection import RateChoice, Selection
 
 LONGEST_VALUE = 24
@@ -124,7 +124,7 @@ class RunGroup:
 
     def has_mixed_data(self, split: str) -> bool:
         """Whether the runs may not be averaged, because they saw different rows."""
-        scored = {run.splits[split].digest for run in self.runs if split in run.splits}
+        scored = {record.digest for run in self.runs for record in run.scores.of(split)}
         return len(self.training_digests) > 1 or len(scored) > 1
 
 
@@ -222,11 +222,11 @@ def _choose_rate(
     ended = [other for other in unfinished if other.ending]
     trials: list[Run | UnfinishedRun] = [*runs, *ended]
     group.trials = sorted(trials, key=lambda trial: (trial.lr, trial.seed))
-    records: dict[float, dict[int, RunRecord]] = {trial.lr: {} for trial in trials}
+    finished: dict[float, dict[int, Finished]] = {trial.lr: {} for trial in trials}
     for run in runs:
-        records[run.lr][run.seed] = run.record
-    failed = {lr: {other.seed for other in ended if (other.lr, other.ending) == (lr, "failed")} for lr in records}
-    best = choose_rate(rate_trials(records, failed), accept_failed=True)
+        finished[run.lr][run.seed] = Finished(run.record, run.scores)
+    failed = {lr: {other.seed for other in ended if (other.lr, other.ending) == (lr, "failed")} for lr in finished}
+    best = choose_rate(rate_trials(finished, failed), accept_failed=True)
     assert best is not None, "a finished run has a finite loss"
     recorded = choices[0] if choices else None
     lr = best.lr if recorded is None else recorded.lr
@@ -289,7 +289,7 @@ def _mark_mixtures(group: RunGroup) -> None:
         group.marks.append("mixed data: seeds were trained on different rows")
     if any(own.startswith("mixed ") for own in group.marks):
         group.short_marks.append("mixed")
-    halved = [run.seed for run in group.runs if any(scores.batch_halvings for scores in run.splits.values())]
+    halved = [run.seed for run in group.runs if any(scored.batch_halvings for scored in run.scores.adapted.values())]
     if halved:
         seeds = f"seed{'s' if len(halved) > 1 else ''} {', '.join(map(str, halved))}"
         group.marks.append(f"too little memory: {seeds} scored in smaller batches than score.batch_size")
@@ -311,7 +311,7 @@ def _mark_arm(group: RunGroup) -> None:
 
 def shown_splits(groups: Sequence[RunGroup], split: str | None) -> dict[tuple[str, str], str]:
     """(model, task) -> the split that the report shows: this one or, without it, test if any chosen run has it."""
-    has_test = {(group.model, group.task) for group in groups for run in group.runs if "test" in run.splits}
+    has_test = {(group.model, group.task) for group in groups for run in group.runs if run.scores.of("test")}
     places = {(group.model, group.task) for group in groups}
     return {place: split or ("test" if place in has_test else "validation") for place in places}
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
 
-from tiedlora.records.run_record import RunRecord
+from tiedlora.records.scores import Finished
 from tiedlora.records.selection import validation_metric, validation_scores
 
 CRITERIA = ("score", "loss")
@@ -26,19 +26,17 @@ class RateTrial:
     """The seeds whose runs failed."""
 
 
-def rate_trials(
-    records: Mapping[float, Mapping[int, RunRecord]], failed: Mapping[float, Iterable[int]]
-) -> list[RateTrial]:
+def rate_trials(runs: Mapping[float, Mapping[int, Finished]], failed: Mapping[float, Iterable[int]]) -> list[RateTrial]:
     """The trials of one configuration, in ascending order, from each rate's finished runs and failed seeds."""
-    metric = validation_metric(record for of_seed in records.values() for record in of_seed.values())
+    metric = validation_metric(run for of_seed in runs.values() for run in of_seed.values())
     return [
         RateTrial(
             lr,
-            {seed: record.training.validation_loss_last for seed, record in records[lr].items()},
-            validation_scores(records[lr], metric),
+            {seed: run.record.training.validation_loss_last for seed, run in runs[lr].items()},
+            validation_scores(runs[lr], metric),
             frozenset(failed.get(lr, ())),
         )
-        for lr in sorted(records)
+        for lr in sorted(runs)
     ]
 
 

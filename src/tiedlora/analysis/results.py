@@ -46,7 +46,7 @@ def score(runs: Sequence[Run], measure: Measure, book: Scorebook) -> tuple[Estim
     except NotComparable as why:
         return estimate, [*notes, f"no interval over examples: {why}"]
     estimate = estimate.over_rows(table, None, clusters)
-    recorded = runs[0].splits[measure.split].metrics[measure.metric]
+    recorded = runs[0].scores.metrics(measure.split)[measure.metric]
     if _is_of_record(runs, recorded, clusters):
         estimate = replace(estimate, examples=recorded)
     # A score near 1 is as skewed as one near 0.
@@ -59,7 +59,7 @@ def score(runs: Sequence[Run], measure: Measure, book: Scorebook) -> tuple[Estim
 
 
 def gain(runs: Sequence[Run], measure: Measure, book: Scorebook) -> tuple[Estimate | None, str]:
-    """The paired difference to the base model, which has no seeds, and what is wrong with the predictions.
+    """The paired difference to the base model, which has no seeds, and what is wrong with the rows.
 
     A single run has the interval of its record. None if the base model was not scored beside any of the runs.
     """
@@ -69,7 +69,7 @@ def gain(runs: Sequence[Run], measure: Measure, book: Scorebook) -> tuple[Estima
     estimate = Estimate.over_seeds(measure.values(runs) - measure.values(runs, base=True))
     try:
         (table,), clusters = book.tables([runs], measure)
-        recorded = (runs[0].splits[measure.split].gain or {}).get(measure.metric)
+        recorded = runs[0].scores.gains(measure.split).get(measure.metric)
         if _is_of_record(runs, recorded, clusters):
             return replace(estimate, examples=recorded), ""
         base = np.broadcast_to(book.base_scores(runs[0], measure), table.shape)
@@ -147,7 +147,7 @@ def result_rows(
 
 def _metrics(group: RunGroup, split: str) -> list[str]:
     """The metrics of the group's first scored run, in their order; an empty name if none is scored."""
-    return next((list(run.splits[split].metrics) for run in group.runs if split in run.splits), [""])
+    return next((list(metrics) for run in group.runs if (metrics := run.scores.metrics(split))), [""])
 
 
 def _shown(task: str, metrics: Sequence[str], claims: Sequence[Claim]) -> str:
@@ -188,7 +188,7 @@ def _row(
     notes += own_notes
     if gained is not None and gained.count < len(runs):
         notes.append(f"minus base is over {counted(gained.count, 'seed')}")
-    # The score's note has said it if the group's own predictions are wrong.
+    # The score's note has said it if the group's own rows are wrong.
     if why and not any(why in note for note in own_notes):
         notes.append(f"minus base has no interval over examples: {why}")
     against, compared_notes = _against(group, lora, measure, book)
@@ -209,7 +209,7 @@ def _row(
         is_first,
         seeds,
         tuple(notes),
-        examples=runs[0].splits[measure.split].rows,
+        examples=runs[0].scores.adapted[measure.split, measure.kind].rows,
         score=own,
         gain=gained,
         against=against,
@@ -218,9 +218,9 @@ def _row(
 
 
 def _notes_on_clusters(runs: Sequence[Run], measure: Measure, book: Scorebook) -> list[str]:
-    """Whether the rows come in clusters. Nothing if their predictions cannot be read, which the score's note says."""
+    """Whether the rows come in clusters. Nothing if they cannot be read, which the score's note says."""
     try:
-        read = max((book.read(run, measure.split, False) for run in runs), key=lambda read: read.named_clusters)
+        read = max((book.read(run, measure.split, measure.kind, False) for run in runs), key=lambda r: r.named_clusters)
     except NotComparable:
         return []
     if read.clusters is not None:
@@ -244,7 +244,7 @@ def _against(
     try:
         sides = comparison.sides
     except NotComparable:
-        # A note says already what is wrong with predictions.
+        # A note says already what is wrong with rows.
         return AgainstLora(difference), notes
     return AgainstLora(difference, rules.share(sides), rules.retained_at_least(sides, 1 - LEVEL)), notes
 

@@ -25,9 +25,10 @@ from tiedlora.reading import read_typed, typed
 from tiedlora.records import study_files
 from tiedlora.records.interval import Unit
 from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, is_loss, mean_per_token
-from tiedlora.records.rows import PredictionRow, read_metrics, read_predictions
+from tiedlora.records.rows import PredictionRow, read_metrics
 from tiedlora.records.run_folder import DIVERGED, RunFolder, RunName, last_line
-from tiedlora.records.run_record import RunRecord, SplitScores, read_record
+from tiedlora.records.run_record import RunRecord, read_record
+from tiedlora.records.scores import Kind, RunScores, kind_of, read_run_scores, read_scores
 from tiedlora.records.selection import LOSS, SELECTION_FILE, Selection, read_selection
 from tiedlora.tasks import NoSuchTask, load_task
 
@@ -39,7 +40,7 @@ PART_OF_A_RUN = (
     "error.txt",
     ".lock",
     "adapter",
-    "predictions",
+    "scores",
 )
 NOT_RUNS = ("base", "sweeps")
 """Folders in outputs/ that are not runs: scores of base models, and frozen configurations of sweeps."""
@@ -89,6 +90,7 @@ class Run:
 
     path: Path
     record: RunRecord
+    scores: RunScores
     ending: ClassVar = "finished"
 
     @property
@@ -126,21 +128,15 @@ class Run:
         """The last validation loss."""
         return self.record.training.validation_loss_last
 
-    @property
-    def splits(self) -> dict[str, SplitScores]:
-        """Split -> its scores, for each split that was scored."""
-        return self.record.scores
-
-    def rows(self, split: str, base: bool = False) -> list[PredictionRow]:
-        """The rows of predictions/, one per example; with `base`, the rows of the base model.
+    def rows(self, split: str, kind: Kind, base: bool = False) -> list[PredictionRow]:
+        """The rows of a file of scores, one per example; with `base`, the rows of the base model.
 
         Raises:
             UserError: the file is missing or a row is damaged; the message names file and line.
         """
         folder = RunFolder(self.path)
-        if base:
-            return read_predictions(folder.base_predictions_file(split, self.splits[split].files))
-        return read_predictions(folder.predictions_file(split))
+        own = folder.scores_file(split, kind)
+        return read_scores(folder.base_scores_file(self.scores.adapted[split, kind].base) if base else own).rows
 
 
 def run_roots(roots: Iterable[Path]) -> list[Path]:
@@ -180,7 +176,7 @@ def names_of(runs: Iterable[Run]) -> tuple[set[str], dict[str, set[str]]]:
     metrics: dict[str, set[str]] = {}
     for run in runs:
         configurations |= {run.arm.configuration, run.arm.name}
-        metrics.setdefault(run.task, set()).update(*(scores.metrics for scores in run.splits.values()))
+        metrics.setdefault(run.task, set()).update(*map(run.scores.metrics, run.scores.splits))
     return configurations, metrics
 
 
@@ -222,10 +218,9 @@ def read_run(path: Path) -> Run | LeftOut:
     try:
         record = read_record(folder.result_file)
         identity_digest(record.identity.tree)  # It refuses a number that is not finite.
-        return Run(path, record)
+        return Run(path, record, read_run_scores(folder))
     except UserError as error:
-        reason = str(error).removeprefix(f"{folder.result_file}: ")
-    return LeftOut(path, f"result.json: {reason}", _unfinished(folder))
+        return LeftOut(path, str(error).removeprefix(f"{path}/"), _unfinished(folder))
 
 
 def _search(identity: dict[str, Any]) -> str:
@@ -281,27 +276,32 @@ class Measure:
         return Unit.of(self.metric)
 
     @property
+    def kind(self) -> Kind:
+        """The kind of scores that has the metric."""
+        return kind_of(self.metric)
+
+    @property
     def sign(self) -> float:
         """-1 for a loss, otherwise 1. The product of sign and value is better if it is higher."""
         return -1.0 if is_loss(self.metric) else 1.0
 
     def scored(self, runs: Iterable[Run]) -> list[Run]:
         """Those of the runs that have this metric."""
-        return [run for run in runs if self.split in run.splits and self.metric in run.splits[self.split].metrics]
+        return [run for run in runs if self.metric in run.scores.metrics(self.split)]
 
     def has_base(self, run: Run) -> bool:
         """Whether the base model was scored too."""
-        return self.metric in (run.splits[self.split].base or {})
+        return self.metric in run.scores.base_metrics(self.split)
 
     def values(self, runs: Sequence[Run], base: bool = False) -> Array:
         """(runs,): the score that each run recorded, its own or the base model's."""
-        scores = [run.splits[self.split] for run in runs]
-        return np.array([((own.base or {}) if base else own.metrics)[self.metric].value for own in scores])
+        own = (run.scores.base_metrics(self.split) if base else run.scores.metrics(self.split) for run in runs)
+        return np.array([metrics[self.metric].value for metrics in own])
 
 
 @dataclass(frozen=True)
 class RowScores:
-    """What the predictions of one run and split have."""
+    """What the rows of a file of scores have."""
 
     ids: tuple[str, ...]
     of_metric: dict[str, Array]
@@ -315,26 +315,27 @@ class RowScores:
 
 
 class Scorebook:
-    """The scores of runs for each example. Each predictions file is read once."""
+    """The scores of runs for each example. Each file is read once."""
 
     def __init__(self) -> None:
         self.read = functools.cache(_read)
-        """What the predictions have, by run, split and whether they are the base model's."""
+        """What the rows have, by run, split, kind and whether they are the base model's."""
 
     def scores(self, run: Run, measure: Measure, base: bool = False) -> tuple[tuple[str, ...], Array]:
         """(ids, one number per example) whose mean is the metric.
 
         Raises:
-            NotComparable: predictions are missing or damaged, or disagree with result.json.
+            NotComparable: rows are missing or damaged, or disagree with the first line.
         """
-        split, metric, where = measure.split, measure.metric, f"{run.run_id}: predictions/{measure.split}"
-        read = self.read(run, split, base)
-        recorded = (run.splits[split].base or {}) if base else run.splits[split].metrics
+        split, metric = measure.split, measure.metric
+        where = f"{run.run_id}: scores/{split}.{measure.kind}.jsonl"
+        read = self.read(run, split, measure.kind, base)
+        recorded = run.scores.base_metrics(split) if base else run.scores.metrics(split)
         if metric not in read.of_metric or metric not in recorded:
             raise NotComparable(read.unreadable.get(metric, f"{where} has no per-example {metric}"))
         # Also where the mean is no number, as that of damaged statistics may be.
         if not math.isclose(read.of_metric[metric].mean(), recorded[metric].value, rel_tol=0, abs_tol=TOLERANCE):
-            raise NotComparable(f"{where} disagrees with result.json on {metric}; scripts/verify.py says where")
+            raise NotComparable(f"{where} disagrees with its first line on {metric}; scripts/verify.py says where")
         return read.ids, read.of_metric[metric]
 
     def base_scores(self, run: Run, measure: Measure) -> Array:
@@ -344,7 +345,7 @@ class Scorebook:
             NotComparable: as `scores`, or the base model was scored on other examples.
         """
         ids, scores = self.scores(run, measure, base=True)
-        if ids != self.read(run, measure.split, False).ids:
+        if ids != self.read(run, measure.split, measure.kind, False).ids:
             raise NotComparable(f"{run.run_id}: its base model was scored on other rows")
         return scores
 
@@ -354,28 +355,28 @@ class Scorebook:
         Earlier records do not name clusters, so the first run that does counts.
 
         Raises:
-            NotComparable: as `scores`, or the runs' predictions are of different examples.
+            NotComparable: as `scores`, or the runs were scored on different examples.
         """
         ids, _ = self.scores(sides[0][0], measure)
         if other := next((run for side in sides for run in side if self.scores(run, measure)[0] != ids), None):
-            raise NotComparable(f"{other.run_id}: its predictions are of other examples")
-        named = (self.read(run, measure.split, False).clusters for runs in sides for run in runs)
+            raise NotComparable(f"{other.run_id}: its scores are of other examples")
+        named = (self.read(run, measure.split, measure.kind, False).clusters for runs in sides for run in runs)
         clusters = next((clusters for clusters in named if clusters is not None), None)
         return [np.stack([self.scores(run, measure)[1] for run in runs]) for runs in sides], clusters
 
 
-def _read(run: Run, split: str, base: bool) -> RowScores:
-    """What a predictions file has.
+def _read(run: Run, split: str, kind: Kind, base: bool) -> RowScores:
+    """What the rows of a run's file of scores have, or those of its base model's.
 
     Raises:
         NotComparable: it is missing or damaged.
     """
     try:
-        rows = run.rows(split, base)
+        rows = run.rows(split, kind, base)
     except UserError as error:
         raise NotComparable(str(error)) from None
     values, unreadable = {}, {}
-    for metric in run.splits[split].metrics:
+    for metric in run.scores.adapted[split, kind].metrics:
         scores = [row.scores.get(metric) for row in rows]
         if None in scores:
             continue
@@ -395,7 +396,7 @@ def _read(run: Run, split: str, base: bool) -> RowScores:
 
 @functools.lru_cache(maxsize=8)
 def _listed_clusters(path: Path) -> dict[str, dict[str, str]]:
-    """Task -> row's id -> its cluster, from a study's file, for runs whose predictions do not name them."""
+    """Task -> row's id -> its cluster, from a study's file, for runs whose rows do not name them."""
     return read_typed(path, dict[str, dict[str, str]]) if path.is_file() else {}
 
 

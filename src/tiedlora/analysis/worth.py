@@ -54,7 +54,7 @@ def worth(group: RunGroup, sizes: Sequence[RunGroup], measure: Measure, book: Sc
         None with fewer than two sizes, or with fewer than two seeds or rows in common.
 
     Raises:
-        NotComparable: as `match`, or predictions are missing or damaged.
+        NotComparable: as `match`, or rows are missing or damaged.
     """
     parts = []
     own, *others = ({run.seed for run in measure.scored(one.runs)} for one in (group, *sizes))

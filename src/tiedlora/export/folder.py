@@ -5,8 +5,8 @@ the tying is lost: PEFT's format needs a pair for every layer.
 
 The card (export.card.md.j2) says what the adapter is, its training data, its scores, and the command that made it. The
 task (export.task.yaml.j2) gives this project's score in lm-evaluation-harness: its rows are those of
-predictions/<split>.jsonl, with the prompts and references that were used, so the harness asks the same questions. This
-works only for tasks whose answer is a number after `####` (GSM8K and the generated tasks).
+scores/<split>.answers.jsonl, with the prompts and references that were used, so the harness asks the same questions.
+This works only for tasks whose answer is a number after `####` (GSM8K and the generated tasks).
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from tiedlora.models.base_model import load_base
 from tiedlora.models.device import resolve_device
 from tiedlora.other_methods import PEFT_FILE
 from tiedlora.records.interval import Interval, Unit
-from tiedlora.records.rows import read_predictions
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import TEXTS, RunRecord
+from tiedlora.records.run_record import RunRecord
+from tiedlora.records.scores import RunScores, read_run_scores, read_scores
 from tiedlora.tasks import NoSuchTask, load_task
 from tiedlora.tasks.gsm8k import FLEXIBLE, STRICT, Gsm8k
 from tiedlora.text import visible
@@ -85,9 +85,10 @@ def export_run(run: RunFolder, record: RunRecord, config: Config, out: Path, opt
         with TemporaryDirectory(dir=out, prefix=".unfinished-") as unfinished:
             inside = Path(unfinished)
             _write_weights(run, record, config, inside, options)
-            is_asked = options.form != "hub-card" and options.split in record.scores and record.keeps(TEXTS)
+            scored = read_run_scores(run)
+            is_asked = options.form != "hub-card" and options.split in scored.splits and record.keeps_texts
             task = _write_task(run, config, inside, options) if is_asked and _is_gsm8k(config.task) else ""
-            (inside / "README.md").write_text(card(record, config, options, task), encoding="utf-8")
+            (inside / "README.md").write_text(card(record, scored, config, options, task), encoding="utf-8")
             for entry in inside.iterdir():
                 entry.replace(out / entry.name)
     except BaseException:
@@ -153,8 +154,9 @@ def _write_task(run: RunFolder, config: Config, out: Path, options: ExportOption
     """Write `<name>.yaml` and its rows for lm-evaluation-harness, and return the sentence that says its use."""
     # The name becomes the name of two files.
     name = f"tiedlora_{config.task.name}_{options.split}".replace("/", "_")
-    predictions = read_predictions(run.predictions_file(options.split))
-    rows = [{"prompt": row.prompt, "answer": "".join(row.references[:1])} for row in predictions]
+    scored = read_run_scores(run).of(options.split)[0]
+    asked = read_scores(run.scores_file(options.split, scored.kind)).rows
+    rows = [{"prompt": row.prompt, "answer": "".join(row.references[:1])} for row in asked]
     storage.write_json_lines(out / f"{name}.jsonl", rows)
     patterns = {"strict": STRICT.pattern, "flexible": f"({FLEXIBLE.pattern})"}
     text = _rendered("export.task.yaml.j2", name=name, task=config.task, **patterns)
@@ -173,7 +175,7 @@ def _write_task(run: RunFolder, config: Config, out: Path, options: ExportOption
     )
 
 
-def card(record: RunRecord, config: Config, options: ExportOptions, task: str = "") -> str:
+def card(record: RunRecord, scores: RunScores, config: Config, options: ExportOptions, task: str = "") -> str:
     """The text of README.md for an exported folder.
 
     Args:
@@ -182,6 +184,7 @@ def card(record: RunRecord, config: Config, options: ExportOptions, task: str = 
     return _rendered(
         "export.card.md.j2",
         record=record,
+        scores=scores,
         config=config,
         terms=identity(config.tying).get("terms"),
         label=record.arm.configuration,

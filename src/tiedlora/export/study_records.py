@@ -1,9 +1,8 @@
 """A run's folder as a study keeps it: everything that a reader needs to check the run, without what must not be shared.
 
 Prompts, references and texts of choices belong to the data sets, so they are left out: scripts/verify.py takes them
-from the rows again, by id. Paths of the machine are left out too. The record's `left_out` says what is missing.
-Predictions are compressed, and the record has the sha256 of their content. The base model's are equal for many runs, so
-a study holds each file once, in base/, named by its sha256.
+from the rows again, by id. Paths of the machine are left out too.
+Files of scores are compressed. Those of the base model are in base/ beside the runs, once for all of them.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from tiedlora import storage
 from tiedlora.config.compose import read_config
 from tiedlora.config.identity import config_tree
 from tiedlora.config.schema import Config
-from tiedlora.records.rows import PredictionRow, read_predictions, write_predictions
+from tiedlora.records.rows import PredictionRow
 from tiedlora.records.run_folder import RunFolder, last_line
-from tiedlora.records.run_record import ADAPTER, TEXTS, ConfigRecord, SplitScores, from_tree
+from tiedlora.records.run_record import ConfigRecord, from_tree
+from tiedlora.records.scores import read_run_scores, read_scores, write_scores
 
 
-def export_record(run: RunFolder, out: Path, *, keep_adapter: bool) -> RunFolder:
-    """Write a finished run to out/<run id>.
+def export_record(run: RunFolder, out: Path) -> RunFolder:
+    """Write a finished run's training to out/<run id>, without its adapter and its scores.
 
     Args:
         out: the folder of the study's runs.
-        keep_adapter: whether the adapter's files are kept, if the run has them. Otherwise the record has their sha256.
 
     Raises:
         UserError: the run is not finished, or a file is damaged.
@@ -35,18 +34,21 @@ def export_record(run: RunFolder, out: Path, *, keep_adapter: bool) -> RunFolder
     """
     record = run.finished_record()
     exported = RunFolder(out / record.run_id)
-    scores = {split: _split(run, exported, split, recorded) for split, recorded in record.scores.items()}
-    keep_adapter = keep_adapter and record.keeps(ADAPTER)
-    if keep_adapter:
-        for name in record.files:
-            storage.write_bytes(exported.path / name, storage.read_bytes(run.path / name))
     config = _copy_files(run, exported)
-    left_out = [TEXTS] if keep_adapter else [TEXTS, ADAPTER]
-    exported.result_file.unlink(missing_ok=True)
-    exported.write_record(
-        replace(record, config=from_tree(ConfigRecord, config_tree(config)), scores=scores, left_out=left_out)
-    )
+    exported.write_record(replace(record, config=from_tree(ConfigRecord, config_tree(config)), keeps_texts=False))
     return exported
+
+
+def export_adapter(run: RunFolder, exported: RunFolder) -> None:
+    """Copy the files of the adapter that the record names, completely or not at all.
+
+    Raises:
+        UserError: a file is missing.
+        OSError: the folder cannot be written.
+    """
+    with storage.new_folder(exported.adapter) as beside:
+        for name in run.finished_record().files:
+            storage.write_bytes(beside / Path(name).name, storage.read_bytes(run.path / name))
 
 
 def export_stopped(run: RunFolder, out: Path) -> None:
@@ -84,22 +86,27 @@ def _copy_files(run: RunFolder, exported: RunFolder) -> Config:
     return config
 
 
-def _split(run: RunFolder, exported: RunFolder, split: str, recorded: SplitScores) -> SplitScores:
-    """Write a split's predictions without texts, and return its scores with the new files' sha256."""
-    rows = read_predictions(run.predictions_file(split))
-    write_predictions(exported.predictions_file(split), map(_without_texts, rows))
-    files = exported.prediction_checksums(split)
-    if recorded.base is not None:
-        name = f"predictions/{split}.base.jsonl"
-        base_rows = read_predictions(run.base_predictions_file(split, recorded.files))
-        written = exported.predictions_file(f"{split}.base")
-        write_predictions(written, map(_without_texts, base_rows))
-        files[name] = storage.sha256(written)
-        shared = exported.shared_base_file(files[name])
-        shared.parent.mkdir(parents=True, exist_ok=True)
-        written.replace(shared)
-    storage.compress(exported.predictions_file(split))
-    return replace(recorded, files=files, source=recorded.source and Path(recorded.source).name)
+def export_scores(run: RunFolder, exported: RunFolder) -> None:
+    """Write the files of scores that the study does not have yet, without texts. Those that it has never change.
+
+    Raises:
+        UserError: a file is damaged.
+        OSError: a folder cannot be written.
+    """
+    for (split, kind), record in read_run_scores(run).adapted.items():
+        _export_file(run.scores_file(split, kind), exported.scores_file(split, kind))
+        base_file = run.base_scores_file(record.base)
+        if record.base and storage.is_here(base_file):
+            _export_file(base_file, exported.base_scores_file(record.base))
+
+
+def _export_file(source: Path, out: Path) -> None:
+    if storage.is_here(out):
+        return
+    scored = read_scores(source)
+    record = replace(scored.record, source=scored.record.source and Path(scored.record.source).name)
+    write_scores(out, record, list(map(_without_texts, scored.rows)))
+    storage.compress(out)
 
 
 def _without_texts(row: PredictionRow) -> PredictionRow:

@@ -31,7 +31,7 @@ from tiedlora.text import shortened, visible, without_folders
 BLOCK = 250
 """Rows of a block of texts."""
 LONGEST = 20_000
-"""The most characters of one text. predictions/ has the rest."""
+"""The most characters of one text. scores/ has the rest."""
 MOST_BYTES = 12_000_000
 """The most bytes of all answers on the page."""
 
@@ -62,7 +62,7 @@ class _Column(NamedTuple):
 
 
 def sheets(rows: Iterable[ResultRow], most_bytes: int = MOST_BYTES) -> list[Sheet]:
-    """A sheet for each setting whose chosen runs have predictions.
+    """A sheet for each setting whose chosen runs have answers.
 
     Args:
         most_bytes: of all sheets. Each has an equal part, and a larger one leaves out the runs of the highest seeds.
@@ -78,8 +78,8 @@ def sheets(rows: Iterable[ResultRow], most_bytes: int = MOST_BYTES) -> list[Shee
 
 
 def _sheet(groups: Sequence[RunGroup], split: str, seeds: Sequence[int], most_bytes: int) -> Sheet | None:
-    """The sheet of the runs with these seeds, or of as many seeds as fit; None if no run's predictions can be shown."""
-    runs = [(group, run) for group in groups for run in group.runs if split in run.splits]
+    """The sheet of the runs with these seeds, or of as many seeds as fit; None if no run's answers can be shown."""
+    runs = [(group, run) for group in groups for run in group.runs if run.scores.of(split)]
     left_out = [
         f"{group.name} · seed {run.seed}: the page would be too large" for group, run in runs if run.seed not in seeds
     ]
@@ -134,7 +134,7 @@ def _columns(
     runs: Sequence[tuple[RunGroup, Run]], split: str, left_out: list[str]
 ) -> tuple[list[PredictionRow], list[_Column]]:
     """The rows that were asked, and what the base and each run answered. `left_out` gets what cannot be shown."""
-    base: list[tuple[RunGroup | None, Run]] = [(None, run) for _, run in runs if run.splits[split].base]
+    base: list[tuple[RunGroup | None, Run]] = [(None, run) for _, run in runs if run.scores.base_metrics(split)]
     asked: list[PredictionRow] = []
     columns: list[_Column] = []
     for group, run in [*base[:1], *runs]:
@@ -146,18 +146,24 @@ def _columns(
                 "marks": list(map(visible, group.short_marks)),
             }
         try:
-            rows = run.rows(split, base=group is None)
+            # Their rows are the same, in the same order. The first kind has the answers, if there are any.
+            scored = run.scores.of(split, base=group is None)
+            rows, *others = [run.rows(split, record.kind, base=group is None) for record in scored]
         except UserError as error:
             left_out.append(without_folders(f"{head['name']}: {error}"))
             continue
         if columns and [row.id for row in rows] != [row.id for row in asked]:
-            left_out.append(f"{head['name']}: its predictions are of other rows")
+            left_out.append(f"{head['name']}: its answers are of other rows")
             continue
         # A record that was exported without prompts has empty ones; another run may have them.
         if not any(row.prompt for row in asked):
             asked = rows
-        outputs = [row.output if row.has_answer else None for row in rows]
-        scores = {metric: [_score(row, metric) for row in rows] for metric in run.splits[split].metrics}
+        outputs = [row.output if row.ended else None for row in rows]
+        scores = {
+            metric: [_score(row, metric) for row in own]
+            for record, own in zip(scored, (rows, *others), strict=True)
+            for metric in record.metrics
+        }
         columns.append(_Column(head, group, run.seed, outputs, scores))
     return asked, columns
 

@@ -34,10 +34,10 @@ def workspaces(runs: Sequence[Run], entity: str, project: str) -> list[Any]:
         raise UserError("wandb_dashboard: no finished run to take tasks and metrics from")
     built = []
     for task in sorted({run.task for run in runs}):
-        splits = [
-            (split, run.splits.get(split)) for split in ("test", "validation") for run in runs if run.task == task
+        scored = [
+            (split, run.scores.metrics(split)) for split in ("test", "validation") for run in runs if run.task == task
         ]
-        keys = dict.fromkeys(f"{split}/{name}" for split, scores in splits if scores for name in scores.metrics)
+        keys = dict.fromkeys(f"{split}/{name}" for split, metrics in scored for name in metrics)
         plots = []
         for key in keys:
             best = {"running_ymin" if is_loss(key.rpartition("/")[2]) else "running_ymax": True}

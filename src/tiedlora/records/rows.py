@@ -1,10 +1,10 @@
-"""The rows of a run's JSON Lines files: predictions/<split>.jsonl, metrics.jsonl and validation_losses.jsonl."""
+"""The rows of a run's JSON Lines files: scores (scores.py), metrics.jsonl and validation_losses.jsonl."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -16,27 +16,24 @@ from tiedlora.reading import Flag, StoredCount, StoredNumber, StoredText, is_num
 Score = StoredNumber | list[StoredNumber]
 """A number in [0, 1] (for a loss, nats per token), or the statistics of one row. A corpus-level metric comes from their
 sum over rows."""
-NOT_GENERATED = "not generated"
-"""The `ended` of a row that has only a loss, because the model was asked for no answer."""
 
 
 @dataclass(frozen=True)
 class PredictionRow:
-    """The model's answer to one example, and its scores. A row with only a loss has no answer."""
+    """What a model did with one example, and its scores. Only a row of answers has an output."""
 
     id: StoredText
     prompt: StoredText
     """The prompt that the model got."""
     references: list[StoredText]
-    output: StoredText
-    """The generated text, or the most likely of `choices`; empty without an answer."""
     scores: dict[StoredText, Score]
     shortened: Flag = False
     """Whether the prompt was shortened to fit."""
+    output: StoredText = ""
+    """The generated text, or the most likely of `choices`."""
     output_tokens: StoredCount = 0
     ended: StoredText = ""
-    """How generation ended: end (a token that ends), stop (stop string) or length; `choice` if texts were compared;
-    NOT_GENERATED without an answer."""
+    """How an answer ended: end (a token that ends), stop (stop string) or length; `choice` if texts were compared."""
     choices: list[StoredText] | None = None
     log_likelihoods: list[StoredNumber] | None = None
     """One for each of `choices`, in nats."""
@@ -45,43 +42,34 @@ class PredictionRow:
     cluster: StoredText = ""
     """What the row belongs to together with others, such as an article (task.cluster); empty if it stands alone."""
 
-    @property
-    def has_answer(self) -> bool:
-        """Whether the model was asked for an answer. Without one, `output` is empty and means nothing."""
-        return self.ended != NOT_GENERATED
-
     def to_json(self) -> dict[str, Any]:
         """The JSON object, with its keys in the file's order."""
-        names = ["id", "prompt", "shortened", "references", "output", "output_tokens", "ended"]
+        names = ["id", "prompt", "shortened", "references"]
+        names += ["output", "output_tokens", "ended"] if self.ended else []
         names += ["choices", "log_likelihoods"] if self.choices is not None else []
         names += ["cut_target"] if self.cut_target else []
         names += ["cluster"] if self.cluster else []
         return {name: getattr(self, name) for name in [*names, "scores"]}
 
 
-def read_predictions(path: Path) -> list[PredictionRow]:
-    """The rows of a predictions file, one for each example.
+def row_line(row: PredictionRow) -> str:
+    """The row as a line of a file."""
+    return json.dumps(row.to_json(), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def parsed_row(path: Path, number: int, line: bytes) -> PredictionRow:
+    """The row of a line of a file.
 
     Raises:
-        UserError: the file is missing or empty, or a row is damaged; the message names file and line.
+        UserError: it is no row; the message names file and line.
     """
-    rows = []
-    for number, line in enumerate(storage.read_content(path).splitlines(), start=1):
-        try:
-            row = typed(PredictionRow, storage.parse_json(line), "a row of predictions")
-            if row.log_likelihoods is not None and len(row.log_likelihoods) != len(row.choices or []):
-                raise ValueError("'log_likelihoods' needs one number for each of 'choices'")
-        except (ValueError, RecursionError, UserError) as error:
-            raise UserError(f"{path}:{number}: is not a prediction ({error})") from None
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{path}: holds no predictions")
-    return rows
-
-
-def write_predictions(path: Path, rows: Iterable[PredictionRow]) -> None:
-    """Write the rows, one JSON object per line, completely or not at all."""
-    storage.write_json_lines(path, [row.to_json() for row in rows])
+    try:
+        row = typed(PredictionRow, storage.parse_json(line), "a row of scores")
+        if row.log_likelihoods is not None and len(row.log_likelihoods) != len(row.choices or []):
+            raise ValueError("'log_likelihoods' needs one number for each of 'choices'")
+    except (ValueError, RecursionError, UserError) as error:
+        raise UserError(f"{path}:{number}: is no row of scores ({error})") from None
+    return row
 
 
 @dataclass(frozen=True)
@@ -131,7 +119,7 @@ class ValidationLosses:
 
 
 def read_validation_losses(path: Path) -> list[ValidationLosses]:
-    """The rows of validation_losses.jsonl, one for each evaluation; no rows if the file is missing (an older run).
+    """The rows of validation_losses.jsonl, one for each evaluation; no rows if the file is missing.
 
     A line that is not a row is left out, as in `read_metrics`.
 

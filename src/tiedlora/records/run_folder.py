@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,6 +25,8 @@ LOOK_SECONDS = 0.06
 """How long `state` waits for another process that only reads the state. filelock tries again after 0.05 s."""
 DIVERGED = "tiedlora.errors.Diverged:"
 """How the last line of error.txt begins if a loss was not finite."""
+BASE = "base"
+"""The folder beside the runs with the base model's scores."""
 LONGEST_TAIL = 2**16
 """Most bytes of a text file that are read for its last line."""
 
@@ -84,33 +86,28 @@ class RunFolder:
         self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoint"
 
-    def predictions_file(self, split: str) -> Path:
-        """predictions/<split>.jsonl, with one row for each example."""
-        return self.path / "predictions" / f"{split}.jsonl"
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the adapter is here. A study may keep its sha256 alone."""
+        return self.adapter.is_dir()
 
-    def shared_base_file(self, sha256: str) -> Path:
-        """Where a study keeps a file of the base model's predictions, once for all its runs."""
-        return self.path.parent / "base" / f"{sha256}.jsonl"
+    @property
+    def scores(self) -> Path:
+        """The folder of its scores (records/scores.py)."""
+        return self.path / "scores"
 
-    def base_predictions_file(self, split: str, files: Mapping[str, str]) -> Path:
-        """The file of the base model's predictions: the run's own, or the one that a study's runs share.
+    def scores_file(self, split: str, kind: str) -> Path:
+        """scores/<split>.<kind>.jsonl."""
+        return self.scores / f"{split}.{kind}.jsonl"
 
-        Args:
-            files: the split's files with their sha256, as the record has them.
-        """
-        own = self.predictions_file(f"{split}.base")
-        sha256 = files.get(f"predictions/{split}.base.jsonl", "")
-        shared = self.shared_base_file(sha256)
-        return shared if sha256 and not own.exists() and shared.exists() else own
+    def base_scores_file(self, name: str) -> Path:
+        """The file of the base model's scores, which all runs in the same folder share."""
+        return self.path.parent / BASE / f"{name}.jsonl"
 
     def checksums(self, *patterns: str) -> dict[str, str]:
         """Path inside the folder -> sha256, for the files that match."""
         paths = sorted(path for pattern in patterns for path in self.path.glob(pattern))
         return {path.relative_to(self.path).as_posix(): storage.sha256(path) for path in paths}
-
-    def prediction_checksums(self, split: str) -> dict[str, str]:
-        """As `checksums`, for the split's predictions and those of the base model."""
-        return self.checksums(f"predictions/{split}.jsonl", f"predictions/{split}.base.jsonl")
 
     def record(self) -> RunRecord | None:
         """The record of a finished run; None if there is no result.json.
@@ -134,14 +131,12 @@ class RunFolder:
         return record
 
     def write_record(self, record: RunRecord) -> None:
-        """Write result.json, completely or not at all. Top-level keys of another version of the code stay.
+        """Write result.json, completely or not at all.
 
         Raises:
-            UserError: the present result.json is not a JSON object.
             OSError: the disk is full, or there is no permission.
         """
-        kept = storage.read_json(self.result_file) if self.result_file.exists() else {}
-        storage.write_json(self.result_file, {**kept, **record.to_json()})
+        storage.write_json(self.result_file, record.to_json())
 
     def state(self, is_scored: bool = True, pause_after: int | None = None, patience: float = LOOK_SECONDS) -> State:
         """The state of the run, from the files and the lock, which is held for a moment.

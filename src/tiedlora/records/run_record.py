@@ -1,4 +1,4 @@
-"""A finished run's record, result.json, as typed values. It is built when a run ends, and checked when it is read.
+"""The record of a finished run's training, result.json, as typed values. Its scores have other files (scores.py).
 
 Reading it needs neither torch nor Hydra. The report, the sweeps and the scripts read runs through this module.
 """
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field
 
-from tiedlora.config.schema import FORGETTING, SCORED_SPLITS, SPLITS, Split
+from tiedlora.config.schema import SPLITS, Split
 from tiedlora.config.trial_arm import TrialArm, trial_arm
 from tiedlora.description import BaseModelRecord
 from tiedlora.errors import UserError
@@ -27,17 +27,12 @@ from tiedlora.reading import (
     read_typed,
     typed,
 )
-from tiedlora.records.interval import Interval
-from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.provenance import CodeVersion, ContinuedFrom, Execution
 from tiedlora.text import is_name
 
 RunId = Annotated[StoredText, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,400}$")]
-StoredSplit = Annotated[StoredText, Field(pattern=f"^({'|'.join((*SCORED_SPLITS, FORGETTING))})$")]
 Sha256 = Annotated[StoredText, Field(pattern="^[0-9a-f]{64}$")]
 AdapterFile = Annotated[StoredText, Field(pattern=r"^adapter/[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
-Scores = dict[StoredName, Interval]
-"""Metric -> its value with its interval: within [-1, 1], or in nats if the metric is a loss."""
 
 
 @dataclass(frozen=True)
@@ -161,48 +156,6 @@ class TrainingRecord:
     device or processor. None if it did not, and in records before this key."""
 
 
-TEXTS, ADAPTER = "texts", "adapter"
-"""What a study may leave out of a run: prompts, references and texts of choices; the adapter's files."""
-
-
-@dataclass(frozen=True)
-class SplitScores:
-    """The scores of one split. All scores are fractions of 1, BLEU and chrF too. Only losses are in nats."""
-
-    rows: Annotated[StoredCount, Field(gt=0)]
-    digest: StoredText
-    metrics: Annotated[Scores, Field(min_length=1)]
-    seconds: StoredNumber = 0.0
-    """Seconds of the adapted model's answers."""
-    loss_seconds: StoredNumber | None = None
-    """Seconds of the adapted model's losses."""
-    shortened: StoredCount = 0
-    output_tokens: StoredCount = 0
-    batch_halvings: StoredCount | None = None
-    """How often score.batch_size and score.batch_tokens were halved, for the base model too, because memory ran out."""
-    cut_targets: StoredCount | None = None
-    """Rows whose loss leaves out the end of the target, which does not fit into the context; None if there are none."""
-    base: Scores | None = None
-    """The base model's scores on the same rows."""
-    gain: Scores | None = None
-    """Adapted minus base, paired on the rows. For a loss, a negative gain is an improvement."""
-    source: StoredText | None = None
-    """Where the rows come from, if they are passages of neutral text (the value of score.forgetting)."""
-    source_digest: StoredText | None = None
-    """The sha256 of the source, if it is a text file."""
-    signatures: dict[StoredText, StoredText] | None = None
-    """Metric -> the implementation and settings that computed it, if its name does not say enough."""
-    files: dict[StoredText, Sha256] = field(default_factory=dict)
-    """Predictions file -> its sha256."""
-    executions: list[Execution] | None = None
-    """Where the split was scored; None if all of it was on the same kind of device as the last training step."""
-
-    @property
-    def first_metric(self) -> str:
-        """The metric that comparisons use."""
-        return next(iter(self.metrics))
-
-
 ROUNDING = 1e-3
 """The largest difference of logits, relative to the largest logit, that counts as rounding."""
 
@@ -248,7 +201,7 @@ class Admission:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The content of result.json of a finished run."""
+    """The content of result.json of a finished run: its training."""
 
     run_id: RunId
     identity: Annotated[Identity, BeforeValidator(with_tree)]
@@ -265,7 +218,6 @@ class RunRecord:
     data: dict[Split, DataRecord]
     training: TrainingRecord
     adapter_bytes: StoredCount
-    scores: dict[StoredSplit, SplitScores]
     status: Literal["done"]
     """Always `done`: other runs have no record."""
     files: dict[AdapterFile, Sha256] = field(default_factory=dict)
@@ -276,15 +228,15 @@ class RunRecord:
     """The tokens at which answers end, besides the tokenizer's end-of-text token; None if there are no others."""
     admission: Admission | None = None
     """The checks of an arm of another method before its first step."""
-    left_out: list[StoredText] | None = None
-    """What a study does not keep of the run's folder: TEXTS, ADAPTER. None for the run's own folder."""
+    keeps_texts: Flag = True
+    """Whether the folder has the rows' texts. A study leaves them out, and may leave out the adapter's files."""
 
     def to_json(self) -> dict[str, Any]:
         return {**plain(self), "arm": asdict(self.arm), "identity": self.identity.tree, "config": self.config.tree}
 
     @property
     def executions(self) -> list[Execution]:
-        """Where its steps were trained, in order; a split was scored on the last, if its scores name no other."""
+        """Where its steps were trained, in order."""
         return [*(earlier.execution for earlier in self.training.continued_from or ()), self.execution]
 
     @property
@@ -306,13 +258,6 @@ class RunRecord:
     def rounds_as(self, other: Execution) -> bool:
         """Whether all its steps were trained on the same kind of device. False if a processor is not recorded."""
         return all(execution.rounds_as(other) for execution in self.executions)
-
-    def keeps(self, what: str) -> bool:
-        """Whether the folder has its texts or its adapter (TEXTS, ADAPTER). A study may leave them out.
-
-        Without the adapter, nothing more can be scored.
-        """
-        return what not in (self.left_out or ())
 
     @cached_property
     def arm(self) -> TrialArm:
@@ -349,13 +294,4 @@ def _fault(record: RunRecord) -> str | None:
     for split in SPLITS[:2]:
         if split not in record.data:
             return f"has no 'data.{split}', so it is not a run's record of this project"
-    for split, scores in record.scores.items():
-        if (scores.base is None) != (scores.gain is None):
-            return f"'scores.{split}' has only one of base and gain"
-        for kind, found in (("metrics", scores.metrics), ("base", scores.base), ("gain", scores.gain)):
-            if found is not None and set(found) != set(scores.metrics):
-                return f"'scores.{split}.{kind}' has other metrics than 'scores.{split}.metrics'"
-            for metric, interval in (found or {}).items():
-                if not is_loss(metric) and max(map(abs, (interval.value, interval.low, interval.high))) > 1 + 1e-9:
-                    return f"'scores.{split}.{kind}.{metric}' is no value with an interval within [-1, 1]"
     return None

@@ -12,7 +12,7 @@ from pathlib import Path
 from tiedlora import storage
 from tiedlora.reading import Flag, StoredCount, StoredNumber, StoredText, StoredWhole, read_typed
 from tiedlora.records.loss_metrics import is_loss
-from tiedlora.records.run_record import RunRecord
+from tiedlora.records.scores import Finished
 
 SELECTION_FILE = "selection.json"
 LOSS = "validation/loss"
@@ -112,29 +112,28 @@ def read_selection(path: Path) -> Selection:
     return read_typed(path, Selection, "a sweep's selection")
 
 
-def validation_metric(records: Iterable[RunRecord]) -> str | None:
+def validation_metric(runs: Iterable[Finished]) -> str | None:
     """The metric on validation by which runs can be compared; None if they do not all have the same one.
 
     It is the reward of a run that was trained from one, and otherwise the task's first. Runs without a score on
     validation do not count.
     """
     found = {
-        record.identity.objective.get("metric") or scores.first_metric
-        for record in records
-        if (scores := record.scores.get("validation")) is not None
+        run.record.identity.objective.get("metric") or first
+        for run in runs
+        if (first := run.scores.first_metric("validation")) is not None
     }
     return found.pop() if len(found) == 1 else None
 
 
-def validation_scores(records: Mapping[int, RunRecord], metric: str | None) -> dict[int, float]:
+def validation_scores(runs: Mapping[int, Finished], metric: str | None) -> dict[int, float]:
     """Seed -> the score on validation by this metric, where more is better: a loss is negated.
 
     Args:
         metric: None gives no scores.
     """
-    values = {
-        seed: scores.metrics[metric].value
-        for seed, record in records.items()
-        if (scores := record.scores.get("validation")) is not None and metric in scores.metrics
-    }
-    return {seed: -value for seed, value in values.items()} if metric and is_loss(metric) else values
+    if metric is None:
+        return {}
+    own = {seed: run.scores.metrics("validation") for seed, run in runs.items()}
+    sign = -1 if is_loss(metric) else 1
+    return {seed: sign * metrics[metric].value for seed, metrics in own.items() if metric in metrics}

@@ -1,58 +1,62 @@
-"""Score more splits or metrics of a finished run. Its identity, its training and its other scores stay unchanged."""
+"""Score more of a finished run: each kind of scores of a split is a new file. What is there stays as it is."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from tiedlora.config.schema import FORGETTING, Config
+from tiedlora.config.schema import Config
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.models import products
-from tiedlora.models.device import execution_on, set_up_device
+from tiedlora.models.device import set_up_device
 from tiedlora.records import study_files
-from tiedlora.records.loss_metrics import DRIFT
-from tiedlora.records.provenance import CHAT_TEMPLATE, TOKENIZER, Execution, package_versions
+from tiedlora.records.provenance import CHAT_TEMPLATE, TOKENIZER, package_versions
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import ADAPTER, RunRecord, SplitScores
+from tiedlora.records.run_record import RunRecord
+from tiedlora.records.scores import Kind, read_run_scores
 from tiedlora.runs import library
 from tiedlora.runs.inputs import read_rows, warn_of_trained_rows
 from tiedlora.runs.loading import cached_base, check_scores_mean_something
 from tiedlora.scoring.passages import check_source
-from tiedlora.scoring.passes import missing_passes, wanted_passes
 from tiedlora.scoring.split import Scorer
-from tiedlora.tasks import load_examples, load_task
+from tiedlora.scoring.wanted import forgetting_to_score, missing_scores, wanted_scores
+from tiedlora.tasks import Example, digest, load_examples, load_task
 from tiedlora.training.loss import chunks_within
 from tiedlora.training.signals import StopSignal
 
 log = logging.getLogger(__name__)
 
 
-def add_scores(folder: RunFolder, config: Config, again: bool = False) -> RunRecord:
-    """Score what the run lacks of `config.score`, and write it into its record and predictions/.
+def add_scores(folder: RunFolder, config: Config, again: bool = False) -> None:
+    """Score what the run lacks of `config.score`. Each kind of scores of a split becomes a file of its own.
 
     Args:
         config: the run's configuration, with the paths, the placement of the model and the scores of this command.
-            Earlier losses of neutral text are replaced.
-        again: also score what is recorded. With score.metrics=null, the splits' earlier scores are replaced.
+            Losses of another neutral text are replaced.
+        again: also score again what has a file, which is replaced.
 
     Raises:
         UserError: the run is not finished, its base model or adapter has changed or is not there, a metric is unknown,
-            or check_scores_mean_something refuses the scores.
-        KeyboardInterrupt: a signal asked to stop. The same command goes on after the last complete split.
+            the rows are not those of the split's other scores, or check_scores_mean_something refuses the scores.
+        KeyboardInterrupt: a signal asked to stop. The same command goes on after the last complete file.
     """
     finished, score, task = folder.finished_record(), config.score, load_task(config.task)
     # The run may have been moved, or made by another user: it is written where it is now.
     config = replace(config, outputs=str(folder.path.parent))
-    wanted = wanted_passes(score.metrics, task, score.drift)
+    wanted = wanted_scores(score.metrics, task, score.drift)
     if score.forgetting is not None:
         check_source(score.forgetting)
     place = folder.path.resolve().parent
     if place.name == study_files.RUNS and study_files.is_study(place.parent):
         raise UserError(f"{folder.path}: is a study's record; copy it to outputs with scripts/study.py restore first")
-    if not finished.keeps(ADAPTER):
-        raise UserError(f"{folder.path}: is a study's record without its adapter, which scores need; repeat the run")
+    if not folder.has_adapter:
+        raise UserError(
+            f"{folder.path}: is a study's record without its adapter, which scores need; repeat the run with another "
+            "outputs=, or here with force=true (then its other scores are made again too)"
+        )
     if finished.admission is not None:
         check_scores_mean_something(finished.admission, config)
     with StopSignal(), ExitStack() as undone:
@@ -60,7 +64,7 @@ def add_scores(folder: RunFolder, config: Config, again: bool = False) -> RunRec
         base = cached_base(config, device)
         arm = library.load(folder.adapter, base)
         undone.callback(arm.detach)
-        # Answers of a run's splits end alike, also if an earlier version wrote the first of them.
+        # Answers of a run's splits end alike.
         encoder = Encoder(base.tokenizer, config.task, config.model.context, finished.more_ends or ())
         digests, here = {CHAT_TEMPLATE: encoder.template_digest}, package_versions()
         if all(finished.versions.get(name) == here.get(name) for name in ("tokenizers", "transformers")):
@@ -74,45 +78,41 @@ def add_scores(folder: RunFolder, config: Config, again: bool = False) -> RunRec
         undone.enter_context(products.on_any_cpu(device, config.train.dtype))
         undone.enter_context(chunks_within(config.train.loss_memory_mb))
         folder.error_file.unlink(missing_ok=True)
-        # Read again now that no other process can add scores.
-        record = folder.finished_record()
-        for split in score.splits:
-            recorded = record.scores.get(split)
-            # Losses that are scored again keep their drift.
-            has_drift = recorded is not None and DRIFT in recorded.metrics
-            again_passes = replace(wanted, drift=wanted.losses and (score.drift or has_drift))
-            passes = again_passes if again else missing_passes(score.metrics, recorded, score.drift)
-            if not passes:
-                continue
-            kept = None if again and score.metrics is None else recorded
+        # Asked again now that no other process can add scores.
+        missing = {split: wanted for split in score.splits} if again else missing_scores(score, folder)
+        for split, lacking in missing.items():
             examples = load_examples(task, split, config.data_root)
+            _check_same_rows(folder, split, examples, lacking.kinds)
             if split == "test":
-                # A run that trains and scores in one go compares them before its first step.
-                name = task.config.name
-                try:
-                    rows = read_rows(config)
-                    warn_of_trained_rows(name, rows.examples["train"], examples)
-                    if rows.digests["train"] != record.data["train"].digest:
-                        log.warning(
-                            "task=%s: the training rows here are not those of the run, so whether it has trained on "
-                            "test rows is not known",
-                            name,
-                        )
-                except UserError as error:
-                    log.warning("task=%s: the test rows are not compared with the training rows: %s", name, error)
-            scores = scorer.score_split(split, examples, folder, passes, kept)
-            scores = _with_place(scores, kept, record, execution_on(device))
-            record = replace(record, scores={**record.scores, split: scores})
-            folder.write_record(record)
-        if score.forgetting is not None:
-            scores = _with_place(scorer.score_forgetting(score.forgetting, folder), None, record, execution_on(device))
-            record = replace(record, scores={**record.scores, FORGETTING: scores})
-            folder.write_record(record)
-        return record
+                _compare_with_trained_rows(config, finished, examples)
+            scorer.score_split(split, examples, folder, lacking)
+        forgetting = score.forgetting if again else forgetting_to_score(score, folder)
+        if forgetting is not None:
+            scorer.score_forgetting(forgetting, folder)
 
 
-def _with_place(scores: SplitScores, kept: SplitScores | None, record: RunRecord, here: Execution) -> SplitScores:
-    """The scores with every place where they were made, `here` and that of what is kept of earlier ones."""
-    places = (kept.executions or [record.execution]) if kept is not None else []
-    places = [*places, *([] if any(place.rounds_as(here) for place in places) else [here])]
-    return replace(scores, executions=None if all(map(record.execution.rounds_as, places)) else places)
+def _check_same_rows(folder: RunFolder, split: str, examples: Sequence[Example], kinds: Sequence[Kind]) -> None:
+    """Refuse rows other than those of the split's scores that stay."""
+    for record in read_run_scores(folder).of(split):
+        if record.kind not in kinds and record.digest != digest(examples):
+            raise UserError(
+                f"{folder.path}: its {record.kind} of {split} are of other rows (sha256 {record.digest[:12]}, now "
+                f"{digest(examples)[:12]}); restore them, or score every metric of the split with --again"
+            )
+
+
+def _compare_with_trained_rows(config: Config, record: RunRecord, examples: Sequence[Example]) -> None:
+    """Warn if the run may have trained on test rows. One that scores in one go has asked before its first step."""
+    name = config.task.name
+    try:
+        rows = read_rows(config)
+    except UserError as error:
+        log.warning("task=%s: the test rows are not compared with the training rows: %s", name, error)
+        return
+    warn_of_trained_rows(name, rows.examples["train"], examples)
+    if rows.digests["train"] != record.data["train"].digest:
+        log.warning(
+            "task=%s: the training rows here are not those of the run, so whether it has trained on test rows is not "
+            "known",
+            name,
+        )

@@ -24,6 +24,7 @@ from tiedlora.reading import typed
 from tiedlora.records.provenance import TOKEN_FILES
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
+from tiedlora.records.scores import read_run_scores
 from tiedlora.tasks import Example, Task, digest, load_examples, load_task
 from tiedlora.tasks.rows import rows_folder
 
@@ -152,10 +153,11 @@ def check_same_inputs(config: Config, record: RunRecord, folder: RunFolder) -> N
             "repeat the run with force=true"
         )
     digests = {f"{split} data": (record.data[split].digest, now) for split, now in row_digests(config).items()}
-    if "test" in config.score.splits and "test" in record.scores and not (task := load_task(config.task)).generator:
+    scored = read_run_scores(folder).of("test") if "test" in config.score.splits else []
+    if scored and not (task := load_task(config.task)).generator:
         key = (config.task, config.data_root, _local_files(config))
         now = _TEST_DIGEST.get(key, lambda: digest(load_examples(task, "test", config.data_root)))
-        digests["test data"] = (record.scores["test"].digest, now)
+        digests["test data"] = (scored[0].digest, now)
     digests["weights of the base model"] = (
         record.base.digest or "",
         known_digest(config.model, Path(config.cache)) or "",

@@ -32,8 +32,8 @@ from tiedlora.models import output_head
 from tiedlora.models.device import CPU
 from tiedlora.records.run_record import Halving
 from tiedlora.scoring.decoding import AnswerEnds, Choose, Output, batches_by_length, decode
-from tiedlora.scoring.passes import reward_metric
 from tiedlora.scoring.split import Scorer, in_shares, with_halved_batches
+from tiedlora.scoring.wanted import reward_metric
 from tiedlora.tasks import Example
 from tiedlora.training.loss import token_losses
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 from tiedlora.config.identity import run_id
@@ -16,10 +15,11 @@ from tiedlora.config.schema import Config
 from tiedlora.errors import Paused
 from tiedlora.records.provenance import code_version
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import ADAPTER, RunRecord
+from tiedlora.records.run_record import RunRecord
+from tiedlora.records.scores import read_run_scores
 from tiedlora.records.summary import terminal_lines
 from tiedlora.runs.inputs import check_same_inputs
-from tiedlora.scoring.passes import check_words, forgetting_to_score, lacks_scores, with_recorded
+from tiedlora.scoring.wanted import check_words, lacks_scores
 
 
 def main(config: Config) -> RunRecord | None:
@@ -38,10 +38,6 @@ def main(config: Config) -> RunRecord | None:
     check_words(config)
     folder = RunFolder(Path(config.outputs) / run_id(config))
     finished = None if config.force else folder.record()
-    if finished is not None and not finished.keeps(ADAPTER) and lacks_scores(config.score, finished):
-        check_same_inputs(config, finished, folder)
-        print(f"{folder.path}: a study's record without the adapter, which the scores need; the run is trained again")
-        config, finished = replace(config, force=True, score=with_recorded(config.score, finished)), None
     record = finished
     # Several processes must agree that the run is finished, so they connect first.
     if finished is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -55,21 +51,20 @@ def main(config: Config) -> RunRecord | None:
     if record is None:
         return None
     if finished is not None:
-        record = _reuse(config, folder, finished)
-    print(terminal_lines(record, folder.path))
+        _reuse(config, folder, finished)
+    print(terminal_lines(record, read_run_scores(folder), folder.path))
     return record
 
 
-def _reuse(config: Config, folder: RunFolder, record: RunRecord) -> RunRecord:
-    """The record of the finished run, after it has scored the splits and metrics that are requested and missing."""
+def _reuse(config: Config, folder: RunFolder, record: RunRecord) -> None:
+    """Score the splits and metrics that are requested and that the finished run lacks."""
     check_same_inputs(config, record, folder)
     # A read-only archive cannot be tidied. That is no problem.
     with suppress(OSError), folder.locked():
         folder.tidy()
-    if lacks_scores(config.score, record):
+    if lacks_scores(config.score, folder):
         from tiedlora.runs.add_scores import add_scores  # noqa: PLC0415
 
-        score = replace(config.score, forgetting=forgetting_to_score(config.score, record))
-        return add_scores(folder, replace(config, score=score))
-    print(f"finished before: {folder.path} (force=true repeats it)")
-    return record
+        add_scores(folder, config)
+    else:
+        print(f"finished before: {folder.path} (force=true repeats it)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -17,9 +18,10 @@ from omegaconf import OmegaConf
 
 from tiedlora import storage, tying
 from tiedlora.analysis.intervals import mean_loss
+from tiedlora.analysis.metrics import summarise
 from tiedlora.config.check import check_new_run
 from tiedlora.config.identity import config_tree, identity
-from tiedlora.config.schema import FORGETTING, Config, ScoreConfig
+from tiedlora.config.schema import Config, ScoreConfig
 from tiedlora.data.batching import Batch, BatchSampler, collate, empty_batch, even_passes, microbatches
 from tiedlora.data.encoding import Encoded
 from tiedlora.errors import StoppedEarly, UserError, is_out_of_memory
@@ -30,13 +32,13 @@ from tiedlora.models.arithmetic import block_weights
 from tiedlora.records import run_record
 from tiedlora.records.rows import AppendedFile, MetricsRow, ValidationLosses, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import ConfigRecord, Halving, Identity, RunRecord, SplitScores
+from tiedlora.records.run_record import ConfigRecord, Halving, Identity, RunRecord
+from tiedlora.records.scores import read_run_scores
 from tiedlora.records.summary import flat_summary
 from tiedlora.runs.loading import Loaded, load
 from tiedlora.runs.reward import Reward
-from tiedlora.scoring.passes import wanted_passes
 from tiedlora.scoring.split import in_shares
-from tiedlora.scoring.summary import summarise
+from tiedlora.scoring.wanted import wanted_scores
 from tiedlora.tracking.progress import ProgressBar
 from tiedlora.tracking.run_trackers import NONE, RunTrackers, TrackedRun, check_tracker
 from tiedlora.training import checkpoint, compiling
@@ -93,15 +95,15 @@ def carry_out(config: Config, folder: RunFolder) -> RunRecord | None:
             training.train(stop)
             with training.trackers.closed_on_error():
                 adapter_bytes = loaded.arm.save(own.adapter, loaded.base.record)
-                # 4. Score. Every process scores its share, and writes the predictions of all into its own folder.
-                scores = score(config.score, loaded, own)
+                # 4. Score. Every process scores its share, and writes the rows of all into its own folder.
+                score(config.score, loaded, own)
                 # The other processes have nothing left to do. They leave now.
                 world.leave()
                 if not world.is_first:
                     return None
-                record = record_of(config, loaded, training.state, own, adapter_bytes, scores)
+                record = record_of(config, loaded, training.state, own, adapter_bytes)
             # 5. Write result.json last.
-            training.trackers.finish(flat_summary(record))
+            training.trackers.finish(flat_summary(record, read_run_scores(own)))
             own.write_record(record)
             own.tidy()
             return record
@@ -122,6 +124,8 @@ def _written_folder(folder: RunFolder, force: bool, world: World) -> Iterator[Ru
             if force and folder.result_file.exists():
                 folder.clear()
             folder.tidy()
+            # Without a result, they are of an adapter that is saved again.
+            shutil.rmtree(folder.scores, ignore_errors=True)
             folder.error_file.unlink(missing_ok=True)
             folder.pruned_file.unlink(missing_ok=True)
             yield folder
@@ -334,8 +338,8 @@ class Training:
         if count and math.isfinite(loss):
             examples, title = loaded.examples["validation"][:count], f"step {state.step}"
             with self._evaluating():
-                rows, _ = loaded.scorer.within_memory(lambda smaller: smaller.rows(examples, title, losses=False))
-            scores = summarise(rows, loaded.scorer.task)
+                rows, _ = loaded.scorer.within_memory(lambda smaller: smaller.rows(examples, title, "answers"))
+            scores = summarise(rows, loaded.scorer.task, "answers")
             metrics |= {f"validation/{name}": score.value for name, score in scores.items()}
         return metrics
 
@@ -397,14 +401,14 @@ class Training:
             self.bar.advance(len(rows), f"loss {last.get('train/loss', math.nan):.3f}, {rate:.0f} tokens/s")
 
 
-def score(config: ScoreConfig, loaded: Loaded, folder: RunFolder) -> dict[str, SplitScores]:
-    """Score the splits and the neutral text of `score`, and write their predictions into the folder."""
+def score(config: ScoreConfig, loaded: Loaded, folder: RunFolder) -> None:
+    """Score the splits and the neutral text of `score`, and write their files into the folder."""
     scorer = loaded.scorer
-    passes = wanted_passes(config.metrics, scorer.task, config.drift)
-    scores = {split: scorer.score_split(split, loaded.examples[split], folder, passes) for split in config.splits}
+    wanted = wanted_scores(config.metrics, scorer.task, config.drift)
+    for split in config.splits:
+        scorer.score_split(split, loaded.examples[split], folder, wanted)
     if config.forgetting is not None:
-        scores[FORGETTING] = scorer.score_forgetting(config.forgetting, folder)
-    return scores
+        scorer.score_forgetting(config.forgetting, folder)
 
 
 def record_of(
@@ -413,9 +417,8 @@ def record_of(
     state: TrainState,
     folder: RunFolder,
     adapter_bytes: int,
-    scores: dict[str, SplitScores],
 ) -> RunRecord:
-    """The content of result.json, of a run that is trained and scored."""
+    """The content of result.json, of a run that is trained."""
     inputs, trainable_params, stored_params = loaded.inputs, loaded.trainable_params, loaded.arm.stored_params()
     assert inputs.code is not None
     return RunRecord(
@@ -451,7 +454,6 @@ def record_of(
             continued_from=state.continued_from or None,
         ),
         adapter_bytes=adapter_bytes,
-        scores=scores,
         status="done",
         files=folder.checksums("adapter/*"),
         stored_params=stored_params if stored_params != trainable_params else None,

@@ -1,14 +1,14 @@
 """Check a finished run: does the folder of a finished run agree with its record, and can its numbers be reproduced?
 
-Each check names what does not agree: a configuration key, a data row, a file, a number, a prediction. The last finding
-names the values of result.json that no check has compared, such as seconds, which nothing here can tell.
+Each check names what does not agree: a configuration key, a data row, a file, a number, a row of scores. The last
+findings name the recorded values that no check has compared, such as seconds, which nothing here can tell.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -26,9 +26,8 @@ from tiedlora.errors import UserError
 from tiedlora.models.base_model import load_tokenizer
 from tiedlora.models.identity import known_digest, tokens_digest
 from tiedlora.records.provenance import TOKEN_FILES
-from tiedlora.records.rows import read_metrics, read_predictions, read_validation_losses
+from tiedlora.records.rows import read_metrics, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import ADAPTER, TEXTS
 from tiedlora.runs import verify_scores
 from tiedlora.runs.checked_run import CheckedRun, Finding, compared, nearly
 from tiedlora.scoring.passages import as_passages
@@ -46,7 +45,7 @@ def verify(path: Path, *, data_root: str | None = None, rows: int = 32, cache: P
 
     Args:
         data_root: the folder of the rows, as for train.py; None takes the run's own, or that of TIEDLORA_DATA.
-        rows: at least so many predictions of each split are regenerated, in whole scoring batches; 0 regenerates none.
+        rows: at least so many rows of each file of scores are scored again, in whole batches; 0 scores none.
         cache: the folder of converted models; None takes the run's own.
 
     Raises:
@@ -62,19 +61,19 @@ def verify(path: Path, *, data_root: str | None = None, rows: int = 32, cache: P
     checks: dict[str, Callable[[CheckedRun], Iterator[Finding]]] = {
         "configuration": _check_configuration,
         "files": _check_files,
+        "files of scores": verify_scores.read_files,
         "data": _check_data,
         "adapter": _check_adapter,
         "base": _check_base,
         "parameters": _check_parameters,
         "training": _check_training,
         "tokens": _check_tokens,
-        "files of predictions": verify_scores.check_files,
-        "predictions": verify_scores.check_predictions,
+        "scores": verify_scores.check_scores,
     }
     if rows > 0:
         checks["regenerate"] = functools.partial(verify_scores.regenerate, least=rows)
     findings = [finding for name, check in checks.items() for finding in _guarded(name, check(run))]
-    return [*findings, run.unchecked(findings)]
+    return [*findings, *run.unchecked(findings)]
 
 
 def _guarded(name: str, check: Iterator[Finding]) -> Iterator[Finding]:
@@ -84,7 +83,7 @@ def _guarded(name: str, check: Iterator[Finding]) -> Iterator[Finding]:
     except UserError as error:
         yield Finding(name, False, str(error))
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
-        # Such as of predictions that somebody has changed.
+        # Such as of rows that somebody has changed.
         yield Finding(name, False, f"cannot be checked ({error!r:.200})")
 
 
@@ -104,7 +103,7 @@ def _check_configuration(run: CheckedRun) -> Iterator[Finding]:
 
 def _check_files(run: CheckedRun) -> Iterator[Finding]:
     """Check the adapter's files against the sha256 values and the size in result.json."""
-    if run.record.keeps(ADAPTER):
+    if run.folder.has_adapter:
         recorded = run.record.files
         here = run.folder.checksums(*recorded)
         found: dict[str, object] = {f"files.{name}": here.get(name) for name in recorded}
@@ -114,8 +113,9 @@ def _check_files(run: CheckedRun) -> Iterator[Finding]:
 
 def _check_data(run: CheckedRun) -> Iterator[Finding]:
     """Check the rows of every split that the run used, by content."""
-    used: dict[str, Iterable[str]] = {"data": run.record.data, "scores": run.record.scores}
-    for split in dict.fromkeys(split for splits in used.values() for split in splits):
+    digests = {scored.split: scored.record.digest for scored in run.scored if not scored.is_base}
+    digests |= {split: data.digest for split, data in run.record.data.items()}
+    for split, recorded in digests.items():
         check = f"data {split}"
         try:
             rows = run.examples[split] = _rows_here(run, split)
@@ -123,29 +123,29 @@ def _check_data(run: CheckedRun) -> Iterator[Finding]:
             yield Finding(check, None, f"cannot be read here ({error})")
             continue
         sha256 = digest(rows)
-        found = {f"{section}.{split}.digest": sha256 for section, splits in used.items() if split in set(splits)}
-        finding = compared(check, run.beside_record(found), f"{len(rows):,} rows, sha256 {sha256[:12]}")
+        name = f"data.{split}.digest" if split in run.record.data else f"the sha256 of {split}"
+        finding = compared(check, {name: (sha256, recorded)}, f"{len(rows):,} rows, sha256 {sha256[:12]}")
         yield finding if finding.ok else _with_changed_row(run, split, finding)
 
 
 def _rows_here(run: CheckedRun, split: str) -> list[Example]:
-    """The rows of a split. Predictions hold the whole passages of neutral text, so their source is not needed.
+    """The rows of a split. A file of scores has the whole passages of neutral text, so their source is not needed.
 
     Raises:
         UserError: they cannot be read.
     """
     if split != FORGETTING:
         return load_examples(run.task, split, run.config.data_root)
-    if not run.record.keeps(TEXTS):
+    if not run.record.keeps_texts:
         raise UserError("the study keeps no texts")
-    rows = read_predictions(run.folder.predictions_file(split))
+    (rows, *_) = (scored.file.rows for scored in run.scored if scored.record.split == split)
     return list(as_passages(["".join(row.references[:1]) for row in rows]))
 
 
 def _with_changed_row(run: CheckedRun, split: str, finding: Finding) -> Finding:
-    """The finding about changed data, with the first row that differs from its prediction, if there are predictions."""
-    rows = run.predictions(split) if split in run.record.scores and run.record.keeps(TEXTS) else []
-    for row, example in zip(rows, run.examples[split], strict=False):
+    """The finding about changed data, with the first row that differs from that of a file of scores."""
+    files = [scored.file for scored in run.scored if scored.record.split == split and run.record.keeps_texts]
+    for row, example in zip(files[0].rows if files else [], run.examples[split], strict=False):
         # A shortened prompt is not equal to the row's prompt.
         prompts = () if row.shortened else ((example.prompt, row.prompt),)
         for now, was in ((example.id, row.id), *prompts, (list(example.references), row.references)):
@@ -156,7 +156,7 @@ def _with_changed_row(run: CheckedRun, split: str, finding: Finding) -> Finding:
 
 def _check_adapter(run: CheckedRun) -> Iterator[Finding]:
     """Check that the adapter's tensors have their own hash, and that adapter.json describes this run's adapter."""
-    if not run.record.keeps(ADAPTER):
+    if not run.folder.has_adapter:
         yield Finding("adapter", None, "the study keeps only its sha256; the run's command gives the files again")
         return
     saved, base = arms.read(run.folder.adapter)
@@ -208,7 +208,7 @@ def _check_parameters(run: CheckedRun) -> Iterator[Finding]:
     if config.tying.method is None:
         specified = tying.parts(config.tying, config.rank.r, architecture)
         stored = sum(math.prod(shape) for _, part, shape in specified if files.is_in_file(part))
-    elif record.keeps(ADAPTER):
+    elif run.folder.has_adapter:
         stored = arms.stored_params(run.folder.adapter)
     if trained is not None:
         found["trainable_params"] = trained
@@ -239,7 +239,7 @@ def _check_training(run: CheckedRun) -> Iterator[Finding]:
     loss = "validation/loss"
     logged = {row.step: row.values[loss] for row in read_metrics(run.folder.metrics_file, loss) if loss in row.values}
     by_row = {row.step: mean_loss(row) for row in read_validation_losses(run.folder.validation_losses_file)}
-    # Records of earlier versions have no losses of rows.
+    # Without one of the files, the other alone gives the numbers.
     for step in sorted({*logged, *by_row}) if logged and by_row else ():
         name = f"the validation loss of step {step} in validation_losses.jsonl"
         others[name] = nearly(by_row.get(step), logged.get(step), LOSS_TOLERANCE), logged.get(step)

@@ -1,8 +1,8 @@
-"""Check the scores of a finished run: predictions/ against result.json, and the model's answers against predictions/.
+"""Check the scores of a finished run: the first line of each file against its rows, and the rows against the model.
 
-Predictions are regenerated. Another kind of processor adds in another order. In bfloat16 a greedy answer then takes
-another token where two are nearly as likely, and differs from there on. So on another device a recorded answer cannot
-be expected again. But each of its tokens must still be as likely as the likeliest one, up to a tolerance.
+A part of the rows is scored again. Another kind of processor adds in another order. In bfloat16 a greedy answer then
+takes another token where two are nearly as likely, and differs from there on. So on another device a recorded answer
+cannot be expected again. But each of its tokens must still be as likely as the likeliest one, up to a tolerance.
 """
 
 from __future__ import annotations
@@ -18,26 +18,33 @@ import torch
 
 from tiedlora import storage
 from tiedlora.adapter.attach import attach_saved
+from tiedlora.analysis.metrics import gains, summarise
 from tiedlora.config import compose
+from tiedlora.config.identity import leaves
+from tiedlora.config.schema import FORGETTING, SCORED_SPLITS
 from tiedlora.data.encoding import Encoder
+from tiedlora.description import DESCRIPTION
 from tiedlora.errors import UserError
 from tiedlora.models import products
 from tiedlora.models.base_model import load_base
 from tiedlora.models.device import execution_on, here_or_auto, set_up_device
 from tiedlora.models.placement import input_device, without_gradients
+from tiedlora.reading import plain
 from tiedlora.records.interval import Interval
-from tiedlora.records.loss_metrics import DRIFT, TARGET_LOSS_BY_TOKEN, is_loss, loss_scores
+from tiedlora.records.loss_metrics import DRIFT, TARGET_LOSS_BY_TOKEN, loss_scores
+from tiedlora.records.provenance import Execution, package_versions
 from tiedlora.records.rows import PredictionRow
-from tiedlora.records.run_record import ADAPTER, TEXTS
-from tiedlora.runs.checked_run import CheckedRun, Finding, compared
+from tiedlora.records.scores import KINDS, Kind, Metrics, ScoreRecord, read_scores
+from tiedlora.runs.checked_run import CheckedRun, Finding, Scored, compared
 from tiedlora.scoring.split import Scorer, scored_model, with_halved_batches
-from tiedlora.scoring.summary import gains, summarise
-from tiedlora.tasks import Example
+from tiedlora.tasks import Example, digest
 from tiedlora.training.loss import chunks_within
 
+METRIC_PACKAGES = ("sacrebleu", "rouge-score")
+"""Those whose versions are in the signatures of metrics."""
 Asked = list[tuple[Example, PredictionRow, PredictionRow]]
 """Examples that were asked again, each with its row of now and the recorded one."""
-LEAST_LOSS, LEAST_DRIFT = 1.0, 0.02
+LEAST: dict[Kind, float] = {"losses": 1.0, "drift": 0.02}
 """In nats: a smaller loss or drift of a row may differ by its tolerance of this. bfloat16 rounds logits to 8 bits."""
 
 
@@ -61,94 +68,134 @@ TOLERANCES = {"float32": Tolerances(1e-3, 0.01, 1e-3, 1e-3), "bfloat16": Toleran
 answers differed, and the largest gap was 0.5. The losses of rows differed by up to 28 %, their means by up to 0.6 %."""
 
 
-def check_files(run: CheckedRun) -> Iterator[Finding]:
-    """Check the predictions against the sha256 values in result.json."""
-    for split, scores in run.record.scores.items():
-        paths = {f"predictions/{split}.jsonl": run.folder.predictions_file(split)}
-        if scores.base is not None:
-            paths[f"predictions/{split}.base.jsonl"] = run.folder.base_predictions_file(split, scores.files)
-        found = {f"scores.{split}.files.{name}": storage.content_sha256(path) for name, path in paths.items()}
-        yield compared(f"files {split}", run.beside_record(found), f"{len(found)} files have their recorded sha256")
+def read_files(run: CheckedRun) -> Iterator[Finding]:
+    """Read the files of scores, whose first lines have the sha256 of the others, and name those that are damaged."""
+    for split, kind in product((*SCORED_SPLITS, FORGETTING), KINDS):
+        path, name = run.folder.scores_file(split, kind), f"{split}.{kind}"
+        if not storage.is_here(path):
+            continue
+        try:
+            file = read_scores(path)
+        except UserError as error:
+            yield Finding(f"scores {name}", False, str(error))
+            continue
+        base, base_file = None, run.folder.base_scores_file(file.record.base)
+        if file.record.base and not storage.is_here(base_file):
+            if file.record.gain:
+                yield Finding(f"scores {name}.base", None, f"{base_file}: is not here, so the gain is not checked")
+        elif file.record.base:
+            try:
+                base = read_scores(base_file)
+            except UserError as error:
+                yield Finding(f"scores {name}.base", False, str(error))
+        run.scored.append(Scored(split, kind, file, base, is_base=False))
+        if base is not None:
+            run.scored.append(Scored(split, kind, base, None, is_base=True))
+    for scored in run.scored:
+        run.recorded |= leaves({scored.key: plain(scored.record)})
 
 
-def check_predictions(run: CheckedRun) -> Iterator[Finding]:
-    """Check the scores of each prediction from its output, and the metrics of the record from the scores."""
-    for split, recorded in run.record.scores.items():
-        check = f"predictions {split}"
-        has_answers = not all(map(is_loss, recorded.metrics))
-        if has_answers and not run.record.keeps(TEXTS) and split not in run.examples:
+def check_scores(run: CheckedRun) -> Iterator[Finding]:
+    """Check the first line of each file of scores against its rows, and the scores of each row against its output."""
+    for scored in run.scored:
+        check, record = f"scores {scored.name}", scored.record
+        if record.kind == "answers" and not run.record.keeps_texts and record.split not in run.examples:
             yield Finding(check, None, "the study keeps no texts, and the rows cannot be read here")
             continue
-        rows = run.predictions(split)
-        base_rows = run.predictions(split, base=True) if recorded.base is not None else None
-        wrong = [*_misscored(run, rows, split, base=False), *_misscored(run, base_rows or [], split, base=True)]
+        rows = run.rows(scored.file)
+        wrong = list(_misscored(run, rows, record, check))
         yield from wrong
         finding = compared(
-            check,
-            _scores_again(run, split, rows, base_rows),
-            f"{len(rows):,} rows give the recorded scores and intervals",
+            check, _first_line_again(run, scored, rows), f"{len(rows):,} rows give the recorded scores and intervals"
         )
         if not (finding.ok and wrong):
             yield finding
 
 
-def _misscored(run: CheckedRun, rows: Sequence[PredictionRow], split: str, *, base: bool) -> Iterator[Finding]:
-    by_id = {example.id: example for example in run.examples.get(split, [])}
+def _misscored(run: CheckedRun, rows: Sequence[PredictionRow], record: ScoreRecord, check: str) -> Iterator[Finding]:
+    by_id = {example.id: example for example in run.examples.get(record.split, [])}
     for row in rows:
-        # Without the data, the references in the prediction row are used: the output was scored against them.
-        example = by_id.get(row.id) or Example(row.id, row.prompt, "", tuple(row.references), tuple(row.choices or ()))
-        # A choice among given texts is scored by the likelihoods of the texts, which are in the row.
-        answer = row.output if row.log_likelihoods is None else row.log_likelihoods
-        scores = compose.as_recorded(run.task.score(answer, example)) if row.has_answer else {}
-        # Only the model can tell what a loss should be: regeneration asks it. But its two forms must agree.
-        loss = _loss_and_tokens(row)
-        if len(loss) == 2 and loss[1] >= 1:
-            scores |= loss_scores(loss[0], int(loss[1]))
-        if DRIFT in row.scores:
-            scores[DRIFT] = 0.0 if base else row.scores[DRIFT]
+        scores = row.scores
+        if record.kind == "answers":
+            # Without the data, the row's references are used: the output was scored against them.
+            own = Example(row.id, row.prompt, "", tuple(row.references), tuple(row.choices or ()))
+            # A choice among given texts is scored by the likelihoods of the texts, which are in the row.
+            answer = row.output if row.log_likelihoods is None else row.log_likelihoods
+            scores = compose.as_recorded(run.task.score(answer, by_id.get(row.id) or own))
+        elif record.kind == "losses":
+            # Only the model can tell what a loss should be: it is asked again below. But its two forms must agree.
+            total, tokens = _numbers(row, record.kind) or [0.0, 0.0]
+            scores = loss_scores(total, int(tokens)) if tokens >= 1 else {}
         if scores != row.scores:
-            explanation = f"row {row.id}: its output and its loss score {scores}, the file says {row.scores}"
-            yield Finding(f"predictions {split}{'.base' if base else ''}", False, explanation)
+            explanation = f"row {row.id}: its output or its loss scores {scores}, the file says {row.scores}"
+            yield Finding(check, False, explanation)
 
 
-def _scores_again(
-    run: CheckedRun, split: str, rows: Sequence[PredictionRow], base_rows: Sequence[PredictionRow] | None
+def _first_line_again(
+    run: CheckedRun, scored: Scored, rows: Sequence[PredictionRow]
 ) -> dict[str, tuple[object, object]]:
-    """What the record says of the predictions: name -> (what they give, what is recorded)."""
-    recorded, task = run.record.scores[split], run.task
-    found: dict[str, object] = {
+    """What the run, the data and the rows say of the values of the first line: name -> (what they say, recorded)."""
+    record = scored.record
+    found: dict[str, Any] = {
+        "run_id": "" if scored.is_base else run.record.run_id,
+        "adapter": "" if scored.is_base else run.record.files.get(f"adapter/{DESCRIPTION}"),
+        "split": scored.split,
+        "kind": scored.kind,
         "rows": len(rows),
         "shortened": sum(row.shortened for row in rows),
         "output_tokens": sum(row.output_tokens for row in rows),
-        "cut_targets": sum(row.cut_target for row in rows) or None,
+        "cut_targets": sum(row.cut_target for row in rows),
+        # It was compared when the file was read.
+        "rows_sha256": record.rows_sha256,
     }
     others: dict[str, tuple[object, object]] = {}
-    kinds = {}
+    if record.split != FORGETTING:
+        found |= {"source": "", "source_digest": ""}
+    here = package_versions()
+    if all(record.versions.get(name) == here.get(name) for name in METRIC_PACKAGES):
+        found["signatures"] = run.task.signatures() if record.kind == "answers" else {}
+    if (examples := run.examples.get(record.split)) is not None:
+        found["digest"] = digest(examples)
+        found["has_targets"] = all(example.target.strip() for example in examples)
+        ids = [row.id for row in rows], [example.id for example in examples]
+        others[f"the rows' ids of {scored.name}"] = ids if ids[0] != ids[1] else ("", "")
+    if scored.base is not None:
+        found["base"] = scored.base.record.base
+    elif record.kind == "drift":
+        found["base"] = ""
+    elif scored.is_base:
+        # The file's name, by which it was found.
+        found["base"] = record.base
     try:
-        kinds["metrics"] = summarise(rows, task), recorded.metrics
-        if base_rows is not None:
-            others["base rows"] = len(base_rows), recorded.rows
-            kinds["base"] = summarise(base_rows, task), recorded.base or {}
-            kinds["gain"] = gains(rows, base_rows, task), recorded.gain or {}
+        found["metrics"] = _intervals(summarise(rows, run.task, record.kind), record.metrics)
+        if scored.base is not None and record.gain:
+            again = gains(rows, run.rows(scored.base), run.task, record.kind)
+            found["gain"] = _intervals(again, record.gain)
+        elif scored.is_base or record.kind == "drift" or (not record.gain and not record.base):
+            found["gain"] = {}
     except ValueError as error:
-        others["what the rows have"] = str(error), "the same scores in each"
-    for kind, (again, before) in kinds.items():
-        for metric in before:
-            for part in fields(Interval):
-                found[f"{kind}.{metric}.{part.name}"] = getattr(again.get(metric), part.name, None)
-    return run.beside_record({f"scores.{split}.{name}": value for name, value in found.items()}) | others
+        others[f"what the rows of {scored.name} have"] = str(error), "the same scores in each"
+    return run.beside_record(leaves({scored.key: found})) | others
+
+
+def _intervals(again: Metrics, recorded: Metrics) -> dict[str, dict[str, object]]:
+    """Metric -> part of its interval -> what the rows give, for all that are recorded or can be computed."""
+    return {
+        metric: {part.name: getattr(again.get(metric), part.name, None) for part in fields(Interval)}
+        for metric in {**again, **recorded}
+    }
 
 
 def regenerate(run: CheckedRun, least: int) -> Iterator[Finding]:
-    """Regenerate whole scoring batches, from the adapter and from the base, and compare them with predictions/.
+    """Score whole batches again, with the adapter and with the base model, and compare them with the files of scores.
 
     A batch is repeated with the same rows, because rounding depends on which rows share it.
 
     Args:
-        least: the least number of rows of each split. The shortest ones are taken.
+        least: the least number of rows of each file. The shortest ones are taken.
     """
     config = run.config
-    if not run.record.keeps(ADAPTER):
+    if not run.folder.has_adapter:
         yield Finding("regenerate", None, "the study keeps no adapter of this run")
         return
     try:
@@ -165,60 +212,50 @@ def regenerate(run: CheckedRun, least: int) -> Iterator[Finding]:
         return
     arm = attach_saved(base.model, run.folder.adapter)
     encoder = Encoder(base.tokenizer, config.task, config.model.context, run.record.more_ends or ())
-    for split, scores in run.record.scores.items():
-        if run.examples.get(split):
-            as_scored = with_halved_batches(config, scores.batch_halvings or 0)
+    for scored in run.scored:
+        if run.examples.get(scored.record.split):
+            as_scored = with_halved_batches(config, scored.record.batch_halvings)
             scorer = Scorer(arm, encoder, run.task, as_scored, base.record)
-            places = scores.executions or [run.record.execution]
-            run.elsewhere = not all(place.rounds_as(execution_on(device)) for place in places)
-            run.places = "; ".join(map(str, places))
+            # As in the process that scored them.
+            set_up_device(here_or_auto(config.train.device), scored.record.execution.threads)
             memory_mb = config.train.loss_memory_mb
             with products.on_any_cpu(device, config.train.dtype), chunks_within(memory_mb):
-                findings = list(_regenerate_split(run, scorer, split, least))
-            yield from findings
+                finding = _regenerate_file(run, scorer, scored, least, execution_on(device))
+            yield finding
 
 
-def _regenerate_split(run: CheckedRun, scorer: Scorer, split: str, least: int) -> Iterator[Finding]:
-    examples, scores = run.examples[split], run.record.scores[split]
-    wanted = [losses for losses in (False, True) if losses in map(is_loss, scores.metrics)]
-    for kind in ("", ".base") if scores.base is not None else ("",):
-        recorded = run.predictions(split, base=bool(kind))
-        if len(recorded) != len(examples):
-            yield Finding(f"regenerate {split}{kind}", False, f"{len(recorded)} predictions of {len(examples)} rows")
-            continue
-        for losses in wanted:
-            places: list[int] = []
-            for batch in reversed(scorer.batches(examples, losses=losses)):
-                places += batch if len(places) < least else []
-            # In the order of the split: scoring sorts by length, and rows of equal length must keep their order.
-            places.sort()
-            chosen = [examples[place] for place in places]
-            title = f"computing the losses of {split}{kind} again" if losses else f"regenerating {split}{kind}"
-            rows = scorer.rows(chosen, title, losses=losses, base=bool(kind))
-            asked = list(zip(chosen, rows, [recorded[place] for place in places], strict=True))
-            if losses:
-                pairs = [(_loss_and_tokens(new), _loss_and_tokens(old)) for _, new, old in asked]
-                yield _compared_numbers(run, "losses", f"{split}{kind}", asked, pairs, LEAST_LOSS)
-                if DRIFT in scores.metrics and not kind:
-                    drift = scorer.divergences(chosen, f"computing the drift of {split} again")
-                    before = [[x] if isinstance(x := old.scores.get(DRIFT), float) else [] for _, _, old in asked]
-                    pairs = [([now], then) for now, then in zip(drift, before, strict=True)]
-                    yield _compared_numbers(run, "drifts", split, asked, pairs, LEAST_DRIFT)
-            else:
-                yield _compared_outputs(run, scorer, f"regenerate {split}{kind}", asked, bool(kind))
+def _regenerate_file(run: CheckedRun, scorer: Scorer, scored: Scored, least: int, here: Execution) -> Finding:
+    examples, record, check = run.examples[scored.record.split], scored.record, f"regenerate {scored.name}"
+    recorded = run.rows(scored.file)
+    if len(recorded) != len(examples):
+        return Finding(check, False, f"{len(recorded)} scored rows of {len(examples)} rows")
+    places: list[int] = []
+    for batch in reversed(scorer.batches(examples, record.kind)):
+        places += batch if len(places) < least else []
+    # In the order of the split: scoring sorts by length, and rows of equal length must keep their order.
+    places.sort()
+    chosen = [examples[place] for place in places]
+    rows = scorer.rows(chosen, f"scoring {scored.name} again", record.kind, base=scored.is_base)
+    asked = list(zip(chosen, rows, [recorded[place] for place in places], strict=True))
+    is_elsewhere = not record.execution.rounds_as(here)
+    if record.kind == "answers":
+        return _compared_outputs(run, scorer, check, asked, scored, is_elsewhere)
+    return _compared_numbers(run, check, asked, scored, is_elsewhere)
 
 
-def _compared_outputs(run: CheckedRun, scorer: Scorer, check: str, asked: Asked, base: bool) -> Finding:
+def _compared_outputs(
+    run: CheckedRun, scorer: Scorer, check: str, asked: Asked, scored: Scored, is_elsewhere: bool
+) -> Finding:
     """Whether the outputs come out as they were; on another device, whether rounding explains those that do not."""
     different = [(example, new, old) for example, new, old in asked if new.output != old.output]
-    where = f"recorded on {run.places}"
+    where = f"recorded on {scored.record.execution}"
     if not different:
         return Finding(check, True, f"{len(asked)} outputs come out as they were")
-    if not run.elsewhere:
+    if not is_elsewhere:
         first, count = different[0][0].id, f"{len(different)} of {len(asked)} rows differ"
         return Finding(check, False, f"row {first}: another output than the recorded one ({count}); {where}")
     tolerance = TOLERANCES[run.config.train.dtype].gap
-    with scored_model(scorer.arm, scorer.config, base) as model:
+    with scored_model(scorer.arm, scorer.config, scored.is_base) as model:
         gaps = {old.id: largest_gap(model, scorer, example, new, old) for example, new, old in different}
     for row_id, gap in gaps.items():
         # Written so that NaN is beyond it.
@@ -237,45 +274,34 @@ def _compared_outputs(run: CheckedRun, scorer: Scorer, check: str, asked: Asked,
     )
 
 
-def _compared_numbers(
-    run: CheckedRun,
-    what: str,
-    rows: str,
-    asked: Asked,
-    pairs: Sequence[tuple[list[float], list[float]]],
-    least: float,
-) -> Finding:
-    """Whether the losses or the drifts of rows are the recorded ones, up to rounding.
-
-    Args:
-        what, rows: the numbers and their rows in words, such as losses of test.base.
-        pairs: for each row what it is now and what is recorded, in nats, and after a loss its number of target tokens.
-        least: a smaller number may differ by its tolerance of this.
-    """
-    tolerances, where = TOLERANCES[run.config.train.dtype], f"recorded on {run.places}"
-    tolerance, check = tolerances.row if run.elsewhere else tolerances.loss, f"{what} {rows}"
+def _compared_numbers(run: CheckedRun, check: str, asked: Asked, scored: Scored, is_elsewhere: bool) -> Finding:
+    """Whether the losses or the drifts of rows are the recorded ones, up to rounding."""
+    record = scored.record
+    tolerances, where = TOLERANCES[run.config.train.dtype], f"recorded on {record.execution}"
+    tolerance, least = tolerances.row if is_elsewhere else tolerances.loss, LEAST[record.kind]
+    pairs = [(_numbers(new, record.kind), _numbers(old, record.kind)) for _, new, old in asked]
     for (_, row, _), (now, before) in zip(asked, pairs, strict=True):
         # Written so that NaN is beyond it.
         if not (before and now[1:] == before[1:] and _share(now[0], before[0], least) <= tolerance):
             explanation = f"row {row.id}: now {now}, the file says {before or None}; {where}"
             return Finding(check, False, explanation)
-    if not run.elsewhere:
-        return Finding(check, True, f"{len(asked)} {what} come out as they were, within {tolerance:g}")
+    if not is_elsewhere:
+        return Finding(check, True, f"{len(asked)} rows come out as they were, within {tolerance:g}")
     total_now, total_before = (sum(numbers[0] for numbers in side) for side in zip(*pairs, strict=True))
     of_all = _share(total_now, total_before, least * len(asked))
     return Finding(
         check,
         of_all <= tolerances.mean,
-        f"the mean of {len(asked)} {what} differs by {of_all:.2%} ({tolerances.mean:.2%} is allowed on another "
+        f"the mean of {len(asked)} rows differs by {of_all:.2%} ({tolerances.mean:.2%} is allowed on another "
         f"device), and no row's by more than {tolerance:.0%}; {where}",
         by_rounding=0 < of_all <= tolerances.mean,
     )
 
 
-def _loss_and_tokens(row: PredictionRow) -> list[float]:
-    """The loss of a row's target in nats, and its number of tokens; empty if the row has none."""
-    value = row.scores.get(TARGET_LOSS_BY_TOKEN)
-    return list(map(float, value)) if isinstance(value, list) else []
+def _numbers(row: PredictionRow, kind: Kind) -> list[float]:
+    """The drift of a row in nats, or the loss of its target in nats and its number of tokens; empty if it has none."""
+    value = row.scores.get(DRIFT if kind == "drift" else TARGET_LOSS_BY_TOKEN, [])
+    return list(map(float, value if isinstance(value, list) else [value]))
 
 
 def _share(now: float, before: float, least: float) -> float:

@@ -1,7 +1,7 @@
-"""Score one split, or neutral text: ask the adapted model and the base model every example, and write predictions/.
+"""Score one split, or neutral text: ask the adapted model and the base model every example, and write files of scores.
 
-Each example gives one prediction row, with the model's answer, which the task scores, or with the loss of its target. A
-loss is teacher-forced: prompt and target are the tokens that training would use. The target of a passage of neutral
+Each example gives one row, with the model's answer, which the task scores, or with the loss of its target. A loss is
+teacher-forced: prompt and target are the tokens that training would use. The target of a passage of neutral
 text is all of it after the first token. Rounding depends on which rows share a batch, so the batches follow from the
 rows and the configuration alone, and several processes divide them.
 """
@@ -12,6 +12,7 @@ import functools
 import itertools
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,23 +22,24 @@ from typing import Any, NamedTuple, TypeVar
 
 from tiedlora import storage
 from tiedlora.adapter.arms import Arm
-from tiedlora.config.identity import identity
+from tiedlora.analysis.metrics import gains, summarise
+from tiedlora.config.identity import identity, run_id
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.batching import Batch, collate
 from tiedlora.data.encoding import Encoded, Encoder
-from tiedlora.description import BaseModelRecord
+from tiedlora.description import DESCRIPTION, BaseModelRecord
 from tiedlora.errors import UserError, is_out_of_memory
 from tiedlora.models.device import execution_on, free_memory
 from tiedlora.models.placement import input_device
 from tiedlora.reading import plain
-from tiedlora.records.loss_metrics import DRIFT, is_loss, loss_scores
-from tiedlora.records.rows import NOT_GENERATED, PredictionRow, Score, read_predictions, write_predictions
-from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import SplitScores
+from tiedlora.records.loss_metrics import DRIFT, loss_scores
+from tiedlora.records.provenance import code_version, package_versions
+from tiedlora.records.rows import PredictionRow, Score
+from tiedlora.records.run_folder import BASE, RunFolder
+from tiedlora.records.scores import Kind, ScoreRecord, read_scores, write_scores
 from tiedlora.scoring.decoding import AnswerEnds, batches_by_length, choice_log_likelihoods, decode
 from tiedlora.scoring.passages import Passage, read_passages, source_digest
-from tiedlora.scoring.passes import ALL_PASSES, Passes
-from tiedlora.scoring.summary import gains, summarise
+from tiedlora.scoring.wanted import Wanted
 from tiedlora.tasks import Example, Task, digest
 from tiedlora.tracking.progress import ProgressBar
 from tiedlora.training.distributed import ALONE, World, equal_passes, is_sharded
@@ -49,6 +51,8 @@ T = TypeVar("T")
 Rows = list[PredictionRow]
 Tokens = tuple[int, ...]
 
+TITLES: dict[Kind, str] = {"answers": "model on", "losses": "model's loss on", "drift": "model's drift on"}
+"""The texts of progress bars."""
 PROTOCOL_KEYS = {
     *("kind", "version", "prompt", "chat_template", "stop", "max_new_tokens", "max_prompt_tokens", "options"),
 }
@@ -77,52 +81,102 @@ class Scorer:
     """The base model under `arm`."""
     world: World = ALONE
     """The processes that score together. Each scores some of the batches, and gets the rows of all."""
+    halvings: int = 0
+    """How often the batches of `config` were halved, because memory ran out."""
 
     def score_split(
+        self, split: str, examples: Sequence[Example], folder: RunFolder, wanted: Wanted, source: str = ""
+    ) -> None:
+        """Score the adapted model, and the base model if score.base is true, and write a file for each kind of scores.
+
+        Args:
+            folder: the run's, with its adapter.
+            source: the neutral text that the examples are passages of (score.forgetting).
+
+        Raises:
+            UserError: as `rows`; a row has no target although its loss was asked for; or memory runs out with a
+                single row.
+            OSError: a file cannot be written.
+        """
+        without = next((example.id for example in examples if not example.target.strip()), None)
+        if without is not None and wanted.needs_targets:
+            raise UserError(
+                f"score.metrics: row {without} has no target, so these rows have no loss and no drift; name other "
+                "metrics, with score.drift=false"
+            )
+        if without is not None and "losses" in wanted.kinds:
+            log.info("row %s has no target, so the losses of these rows are not scored", without)
+            wanted = wanted.among(["answers"])
+        for kind in wanted.kinds:
+            self._score(kind, split, examples, folder, source, has_targets=without is None)
+
+    def _score(
         self,
+        kind: Kind,
         split: str,
         examples: Sequence[Example],
         folder: RunFolder,
-        passes: Passes = ALL_PASSES,
-        recorded: SplitScores | None = None,
-    ) -> SplitScores:
-        """Score the adapted model, and the base model if score.base is true, and write predictions/.
+        source: str,
+        *,
+        has_targets: bool,
+    ) -> None:
+        """Score one kind and write its file.
 
-        If memory runs out, the split is scored again from its start, in halved batches: the adapted model and the base
-        model in the same ones, because rounding depends on them. Little work is lost, because the longest rows come
-        first.
-
-        Args:
-            passes: what to compute.
-            recorded: the split's scores so far. They stay, unless `passes` gives the same metrics again. The base
-                model is scored if they have its scores, and the batches are halved as often as they were.
-
-        Raises:
-            UserError: as `rows`; a row has no target although its loss was asked for; `recorded` is of other rows; or
-                memory runs out with a single row.
-            OSError: predictions/ cannot be written.
+        If memory runs out, it is scored again from its start, in halved batches: the adapted model and the base model
+        in the same ones, because rounding depends on them. Little work is lost, because the longest rows come first.
         """
-        without = next((example.id for example in examples if not example.target.strip()), None)
-        if without is not None and passes.losses:
-            if passes.needs_targets:
-                raise UserError(
-                    f"score.metrics: row {without} has no target, so these rows have no loss and no drift; name other "
-                    "metrics, with score.drift=false"
-                )
-            log.info("row %s has no target, so the losses of these rows are not scored", without)
-            passes = replace(passes, losses=False)
-        if recorded is not None and recorded.digest != digest(examples):
-            raise UserError(
-                f"{folder.path}: its {split} was scored on other rows (sha256 {recorded.digest[:12]}, now "
-                f"{digest(examples)[:12]}); restore them, or score every metric of the split again"
-            )
-        halvings = 0 if recorded is None else recorded.batch_halvings or 0
-        scores, times = self.within_memory(
-            lambda smaller: smaller._score_split(split, examples, folder, passes, recorded), halvings
+        record = ScoreRecord(
+            run_id=run_id(self.config),
+            adapter=storage.sha256(folder.adapter / DESCRIPTION),
+            split=split,
+            kind=kind,
+            digest=digest(examples),
+            rows=len(examples),
+            metrics={},
+            base="",
+            gain={},
+            seconds=0.0,
+            batch_halvings=0,
+            shortened=0,
+            output_tokens=0,
+            cut_targets=0,
+            has_targets=has_targets,
+            source=source,
+            source_digest=(source_digest(source) or "") if source else "",
+            signatures=(self.task.signatures() or {}) if kind == "answers" else {},
+            code=code_version(),
+            versions=package_versions(),
+            execution=execution_on(input_device(self.arm.model), self.world.size),
+            rows_sha256="",
         )
-        return replace(scores, batch_halvings=times or None)
 
-    def score_forgetting(self, source: str, folder: RunFolder) -> SplitScores:
+        def scored(smaller: Scorer) -> tuple[ScoreRecord, Rows]:
+            base_name, base_rows = "", None
+            if kind != "drift":
+                base_name = smaller._base_name(kind, split, examples)
+                if self.config.score.base:
+                    base_rows = smaller._base_rows(base_name, kind, split, examples, record)
+            started = time.perf_counter()
+            rows = smaller.rows(examples, f"adapted {TITLES[kind]} {split}", kind)
+            seconds = time.perf_counter() - started
+            gain = {} if base_rows is None else gains(rows, base_rows, self.task, kind)
+            return smaller._summed_up(replace(record, base=base_name, seconds=seconds, gain=gain), rows), rows
+
+        (record, rows), _ = self.within_memory(scored)
+        write_scores(folder.scores_file(split, kind), record, rows)
+
+    def _summed_up(self, record: ScoreRecord, rows: Rows) -> ScoreRecord:
+        """The record with what follows from the rows."""
+        return replace(
+            record,
+            metrics=summarise(rows, self.task, record.kind),
+            batch_halvings=self.halvings,
+            shortened=sum(row.shortened for row in rows),
+            output_tokens=sum(row.output_tokens for row in rows),
+            cut_targets=sum(row.cut_target for row in rows),
+        )
+
+    def score_forgetting(self, source: str, folder: RunFolder) -> None:
         """The losses of neutral text, with the adapter and without it, scored as a split without answers.
 
         Args:
@@ -132,8 +186,7 @@ class Scorer:
             UserError: the text cannot be read; or as score_split.
         """
         passages = read_passages(source, self.encoder)
-        scores = self.score_split(FORGETTING, passages, folder, Passes(answers=False))
-        return replace(scores, source=source, source_digest=source_digest(source))
+        self.score_split(FORGETTING, passages, folder, Wanted(("losses",)), source)
 
     def within_memory(self, score: Callable[[Scorer], T], halvings: int = 0) -> tuple[T, int]:
         """What `score` returns, and how often the batches were halved until it had enough memory.
@@ -146,7 +199,7 @@ class Scorer:
             UserError: memory runs out with a single row.
         """
         for times in itertools.count(halvings):
-            smaller = replace(self, config=with_halved_batches(self.config, times))
+            smaller = replace(self, config=with_halved_batches(self.config, times), halvings=times)
             batch_size = smaller.config.score.batch_size
             try:
                 return score(smaller), times
@@ -162,68 +215,20 @@ class Scorer:
             "the same command continues"
         )
 
-    def _score_split(
-        self,
-        split: str,
-        examples: Sequence[Example],
-        folder: RunFolder,
-        passes: Passes,
-        recorded: SplitScores | None,
-    ) -> SplitScores:
-        # The passes as values of `losses`: answers first.
-        kinds = [losses for losses, wanted in ((False, passes.answers), (True, passes.losses)) if wanted]
-        base_parts = None
-        if self.config.score.base if recorded is None else recorded.base is not None:
-            base_parts = [self.cached_base(split, examples, losses) for losses in kinds]
-            if passes.drift:
-                # The base model's divergence from itself.
-                base_parts[-1] = _with_score(base_parts[-1], DRIFT, [0.0] * len(examples))
-        parts, seconds = [], {}
-        for losses in kinds:
-            started = time.perf_counter()
-            title = f"adapted model's loss on {split}" if losses else f"adapted model on {split}"
-            parts.append(self.rows(examples, title, losses=losses))
-            if losses and passes.drift:
-                parts[-1] = _with_score(parts[-1], DRIFT, self.divergences(examples, f"drift on {split}"))
-            seconds[losses] = time.perf_counter() - started
-        # Both files are written at the end, so that a stop leaves what the record says.
-        base_file, file = folder.predictions_file(f"{split}.base"), folder.predictions_file(split)
-        present = None if recorded is None else folder.base_predictions_file(split, recorded.files)
-        base_rows = None if base_parts is None else _write(base_file, base_parts, present)
-        rows = _write(file, parts, None if recorded is None else file)
-        return _with_recorded(
-            SplitScores(
-                rows=len(examples),
-                digest=digest(examples),
-                seconds=seconds.get(False, 0.0),
-                loss_seconds=seconds.get(True),
-                shortened=sum(row.shortened for row in rows),
-                output_tokens=sum(row.output_tokens for row in rows),
-                cut_targets=sum(row.cut_target for row in rows) or None,
-                metrics=summarise(rows, self.task),
-                base=None if base_rows is None else summarise(base_rows, self.task),
-                gain=None if base_rows is None else gains(rows, base_rows, self.task),
-                signatures=self.task.signatures() or None if passes.answers else None,
-                files=folder.prediction_checksums(split),
-            ),
-            passes,
-            recorded,
-        )
-
-    def rows(self, examples: Sequence[Example], title: str, *, losses: bool, base: bool = False) -> Rows:
-        """One row for each example, with the model's answer and its scores, computed now.
+    def rows(self, examples: Sequence[Example], title: str, kind: Kind, base: bool = False) -> Rows:
+        """One row for each example, with its scores, computed now.
 
         Args:
             title: the text of the progress bar.
-            losses: the losses of the targets instead, as rows without answers.
             base: of the base model instead of the adapted one.
 
         Raises:
-            UserError: a prompt does not fit, and the task does not allow to shorten it enough; a loss is not finite;
+            UserError: a prompt does not fit, and the task does not allow to shorten it enough; a number is not finite;
                 or as `in_shares`.
         """
         with scored_model(self.arm, self.config, base) as model:
-            return self.losses(model, examples, title) if losses else self.answers(model, examples, title)
+            compute = {"answers": self.answers, "losses": self.losses, "drift": self.drifts}[kind]
+            return compute(model, examples, title)
 
     def answers(self, model: Any, examples: Sequence[Example], title: str) -> Rows:
         """As `rows`, of a model with or without an adapter."""
@@ -256,17 +261,18 @@ class Scorer:
             choices=[example.choices for example in asked],
         )["per_example"]
         rows = []
-        for original, example, score, answer in zip(examples, asked, scores, answers, strict=True):
-            output, tokens, ended, log_likelihoods = answer
+        for original, example, score, (output, tokens, ended, log_likelihoods) in zip(
+            examples, asked, scores, answers, strict=True
+        ):
             texts = list(example.choices) if by_likelihood else None
-            # As a predictions file gives them back, so that rows are equal before and after it.
+            # As a file gives them back, so that rows are equal before and after it.
             floats = {name: list(map(float, s)) if isinstance(s, list) else float(s) for name, s in score.items()}
-            answered = _row(original, example, output, floats, ended)
-            rows.append(replace(answered, output_tokens=tokens, choices=texts, log_likelihoods=log_likelihoods))
+            answered = replace(_row(original, example, floats), output=output, output_tokens=tokens, ended=ended)
+            rows.append(replace(answered, choices=texts, log_likelihoods=log_likelihoods))
         return rows
 
     def losses(self, model: Any, examples: Sequence[Example], title: str) -> Rows:
-        """As `rows`, without answers, of a model with or without an adapter."""
+        """As `rows`, of a model with or without an adapter."""
         targets = [self._target(example) for example in examples]
         rows, found = [], self._of_targets(model, targets, title, functools.partial(row_losses, model))
         for original, target, (total, tokens) in zip(examples, targets, found, strict=True):
@@ -274,25 +280,25 @@ class Scorer:
                 raise UserError(
                     f"score: the loss of row {original.id} is {total}; try train.dtype=float32, or lower train.lr"
                 )
-            row = _row(original, target.example, "", loss_scores(total, tokens), NOT_GENERATED)
+            row = _row(original, target.example, loss_scores(total, tokens))
             rows.append(replace(row, cut_target=target.cut))
         return rows
 
-    def divergences(self, examples: Sequence[Example], title: str) -> list[float]:
-        """The mean divergence of the adapted from the base model at each row's target tokens, in nats.
-
-        Raises:
-            UserError: as `rows`; or a divergence is not finite.
-        """
-        targets, model = [self._target(example) for example in examples], self.arm.model
+    def drifts(self, model: Any, examples: Sequence[Example], title: str) -> Rows:
+        """As `rows`: the mean divergence of the adapted from the base model at each row's target tokens, in nats."""
+        targets = [self._target(example) for example in examples]
         as_base = functools.partial(scored_model, self.arm, self.config, base=True)
         found: list[float] = self._of_targets(
             model, targets, title, lambda batch: row_divergences(model, batch, as_base).tolist()
         )
         if not all(map(math.isfinite, found)):
             raise UserError("score.drift: a divergence is not finite; try train.dtype=float32, or lower train.lr")
-        # Rounding may lead below 0, where no divergence is.
-        return [max(0.0, value) for value in found]
+        rows = []
+        for original, target, value in zip(examples, targets, found, strict=True):
+            # Rounding may lead below 0, where no divergence is.
+            row = _row(original, target.example, {DRIFT: max(0.0, value)})
+            rows.append(replace(row, cut_target=target.cut))
+        return rows
 
     def _of_targets(
         self, model: Any, targets: Sequence[_Target], title: str, compute: Callable[[Batch], Sequence[T]]
@@ -310,13 +316,13 @@ class Scorer:
         progress.close()
         return found
 
-    def batches(self, examples: Sequence[Example], *, losses: bool) -> list[list[int]]:
+    def batches(self, examples: Sequence[Example], kind: Kind) -> list[list[int]]:
         """The example numbers of each batch of `rows`. In the same batches, a model gives the same rows again.
 
         A batch stays the same if other batches are left out. So a part of a split can be scored again in the same
         batches.
         """
-        if losses:
+        if kind != "answers":
             return self._target_batches([self._target(example) for example in examples])
         return self._answer_batches(*self._tokens([self.encoder.scored(example) for example in examples]))
 
@@ -350,34 +356,33 @@ class Scorer:
         kept = Encoded(whole.prompt, whole.target[: self.encoder.context - len(whole.prompt)])
         return _Target(shortened, kept, cut=len(kept) < len(whole))
 
-    def cached_base(self, split: str, examples: Sequence[Example], losses: bool) -> Rows:
-        """The base model's rows, computed once for each model, protocol and rows, and then reused by every run.
-
-        Answers and losses have files of their own.
+    def _base_rows(self, name: str, kind: Kind, split: str, examples: Sequence[Example], adapted: ScoreRecord) -> Rows:
+        """The base model's rows, computed once for each model, protocol and rows: later runs read the file.
 
         Raises:
-            UserError: as `rows`; or the file of an earlier run has the predictions of other rows.
+            UserError: as `rows`; or the file of an earlier run is damaged or has other rows.
         """
-        title = f"base model's loss on {split}" if losses else f"base model on {split}"
-        path, first = self._base_file(split, examples, losses), self.world.is_first
+        path, first = Path(self.config.outputs) / BASE / f"{name}.jsonl", self.world.is_first
         if first:
             path.parent.mkdir(parents=True, exist_ok=True)
         # The first process decides, and reads and writes the file.
         with storage.locked(path.with_suffix(".lock")) if first else nullcontext():
-            if not self.world.any(first and path.exists()):
-                rows = self.rows(examples, title, losses=losses, base=True)
-                if first:
-                    write_predictions(path, rows)
-                return rows
-            log.info("%s: reusing %s", title, path)
-            rows = self.world.gather(read_predictions(path) if first else [])[0]
-            if [row.id for row in rows] != [example.id for example in examples]:
-                raise UserError(f"{path}: holds the predictions of other rows; remove it; the same command makes it")
-            # An earlier run of the same rows may have had other clusters.
-            return [replace(row, cluster=example.cluster) for row, example in zip(rows, examples, strict=True)]
+            if self.world.any(first and path.exists()):
+                log.info("%s: reusing %s", split, path)
+                rows = self.world.gather(read_scores(path).rows if first else [])[0]
+                if [row.id for row in rows] != [example.id for example in examples]:
+                    raise UserError(f"{path}: holds the scores of other rows; remove it; the same command makes it")
+                # An earlier run of the same rows may have had other clusters.
+                return [replace(row, cluster=example.cluster) for row, example in zip(rows, examples, strict=True)]
+            started = time.perf_counter()
+            rows = self.rows(examples, f"base {TITLES[kind]} {split}", kind, base=True)
+            record = replace(adapted, run_id="", adapter="", base=name, seconds=time.perf_counter() - started)
+            if first:
+                write_scores(path, self._summed_up(record, rows), rows)
+            return rows
 
-    def _base_file(self, split: str, examples: Sequence[Example], losses: bool) -> Path:
-        """A file whose name has a hash of what the base model's rows depend on, besides packages and threads."""
+    def _base_name(self, kind: Kind, split: str, examples: Sequence[Example]) -> str:
+        """A name with a hash of what the base model's rows depend on, besides packages and threads."""
         score, encoder, task = self.config.score, self.encoder, self.config.task
         here = execution_on(input_device(self.arm.model))
         # Devices of different kinds round differently, and a gain is measured on one.
@@ -387,16 +392,15 @@ class Scorer:
         of_task = split != FORGETTING
         if of_task:
             key += [encoder.prompt_limit, *encoder.versions.values()]
-        if encoder.more_ends and not losses:
+        if encoder.more_ends and kind == "answers":
             key += [list(encoder.more_ends)]
         key += [digest(examples), *([score.batch_tokens] if score.batch_tokens else [])]
         # The end of a target that is cut depends on the context.
-        key += [encoder.context] if losses else []
+        key += [encoder.context] if kind == "losses" else []
         if of_task:
             key += [{name: value for name, value in identity(task).items() if name in PROTOCOL_KEYS}]
-        words = [*([task.name] if of_task else []), split, *(["loss"] if losses else [])]
-        words.append(storage.json_sha256(key)[:12])
-        return Path(self.config.outputs) / "base" / f"{'-'.join(words)}.jsonl"
+        words = [*([task.name] if of_task else []), split, kind, storage.json_sha256(key)[:12]]
+        return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(words))
 
 
 def in_shares(
@@ -432,21 +436,15 @@ def in_shares(
     return [rows[number] for number in range(len(rows))]
 
 
-def _row(original: Example, asked: Example, output: str, scores: dict[str, Score], ended: str) -> PredictionRow:
+def _row(original: Example, asked: Example, scores: dict[str, Score]) -> PredictionRow:
     return PredictionRow(
         id=asked.id,
         prompt=asked.prompt,
         references=list(asked.references),
-        output=output,
         scores=scores,
         shortened=asked is not original,
-        ended=ended,
         cluster=asked.cluster,
     )
-
-
-def _with_score(rows: Rows, name: str, values: Sequence[float]) -> Rows:
-    return [replace(row, scores={**row.scores, name: value}) for row, value in zip(rows, values, strict=True)]
 
 
 def with_halved_batches(config: Config, times: int) -> Config:
@@ -454,54 +452,6 @@ def with_halved_batches(config: Config, times: int) -> Config:
     score = config.score
     tokens = None if score.batch_tokens is None else max(1, score.batch_tokens >> times)
     return replace(config, score=replace(score, batch_size=max(1, score.batch_size >> times), batch_tokens=tokens))
-
-
-def _write(path: Path, parts: list[Rows], present_file: Path | None) -> Rows:
-    """Write the rows of a predictions file: those that are in `present_file`, and the new scores.
-
-    Raises:
-        UserError: the present file is missing, damaged, or has other rows.
-        OSError: the file cannot be written.
-    """
-    if present_file is not None:
-        present = read_predictions(present_file)
-        if [row.id for row in present] != [row.id for row in parts[0]]:
-            raise UserError(f"{path}: has other rows than its split; score every metric of the split again")
-        parts = [present, *parts]
-    rows = []
-    # A later part replaces an earlier one. The losses are last.
-    for same in zip(*parts, strict=True):
-        answer = next((row for row in reversed(same) if row.has_answer), same[-1])
-        loss = next((row for row in reversed(same) if any(map(is_loss, row.scores))), same[-1])
-        scores = {name: score for row in same for name, score in row.scores.items()}
-        in_order = dict(sorted(scores.items(), key=lambda item: is_loss(item[0])))
-        rows.append(replace(answer, scores=in_order, cut_target=loss.cut_target))
-    write_predictions(path, rows)
-    return rows
-
-
-def _with_recorded(new: SplitScores, passes: Passes, recorded: SplitScores | None) -> SplitScores:
-    """The new scores, with the recorded numbers of what `passes` did not compute: they stay as they were written."""
-    if recorded is None:
-        return new
-
-    def merged(now: Any, before: Any) -> Any:
-        if now is None or before is None:
-            return now
-        return {
-            name: before[name] if name in before and not (passes.losses if is_loss(name) else passes.answers) else value
-            for name, value in now.items()
-        }
-
-    return replace(
-        new,
-        metrics=merged(new.metrics, recorded.metrics),
-        base=merged(new.base, recorded.base),
-        gain=merged(new.gain, recorded.gain),
-        seconds=new.seconds if passes.answers else recorded.seconds,
-        loss_seconds=new.loss_seconds if passes.losses else recorded.loss_seconds,
-        signatures=new.signatures if passes.answers else recorded.signatures,
-    )
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from tiedlora.config.trial_arm import TrialArm
 from tiedlora.errors import UserError
 from tiedlora.reading import typed
 from tiedlora.records.run_folder import RunFolder, RunName, State
-from tiedlora.scoring.passes import lacks_scores
+from tiedlora.scoring.wanted import lacks_scores
 
 PLAN_FILE, VERDICTS_FILE = "plan.json", "verdicts.json"
 """In the folder of a deciding sweep: the first is written before its first run, the second after its last."""
@@ -69,8 +69,7 @@ class SweepCell:
 
     def finished(self) -> bool:
         """Whether the run is done, and has every score that the sweep asks for."""
-        record = self.folder.record()
-        return record is not None and not lacks_scores(self.config.score, record)
+        return self.folder.record() is not None and not lacks_scores(self.config.score, self.folder)
 
     def state(self) -> State:
         """The state of the run, as far as this cell takes it."""

@@ -19,7 +19,9 @@ from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.models import arithmetic
 from tiedlora.records.loss_metrics import is_loss
+from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord, read_record
+from tiedlora.records.scores import RunScores, read_run_scores
 from tiedlora.sweeps.cells import SweepCell
 from tiedlora.tasks import Example, load_examples, load_task
 from tiedlora.text import aligned
@@ -104,6 +106,7 @@ def observed_speeds(config: Config, tflops: float = TFLOPS) -> Speeds | None:
     If none of them was scored, the speed of scoring is that of the arithmetic.
     """
     records: list[RunRecord] = []
+    scored: list[RunScores] = []
     rows: list[int] = []
     times = {path: path.stat().st_mtime_ns for path in Path(config.outputs).glob("*/result.json")}
     for path in sorted(times, key=times.__getitem__, reverse=True):
@@ -115,14 +118,15 @@ def observed_speeds(config: Config, tflops: float = TFLOPS) -> Speeds | None:
             own = typed(record.config.tree)
             kinds = ((one.train.dtype, one.objective.name) for one in (own, config))
             if len(set(kinds)) == 1 and training.tokens_per_s > 0 and training.steps * own.train.batch_size > 0:
+                scored.append(read_run_scores(RunFolder(path.parent)))
                 records.append(record)
                 rows.append(training.steps * own.train.batch_size * answers_to_a_prompt(own))
         if len(records) == NEWEST_RUNS:
             break
     if not records:
         return None
-    scores = [scored for record in records for scored in record.scores.values() if scored.seconds > 0]
-    scoring, devices = [scored.rows / scored.seconds for scored in scores], {str(each.execution) for each in records}
+    scores = [one for each in scored for one in each.adapted.values() if one.kind == "answers" and one.seconds > 0]
+    scoring, devices = [one.rows / one.seconds for one in scores], {str(each.execution) for each in records}
     source = f"{len(records)} finished runs ({'; '.join(sorted(devices))})"
     if not scoring and (computed := computed_speeds(config, tflops)) is not None:
         scoring, source = [computed.scoring], f"{source}; scoring: {computed.source}"

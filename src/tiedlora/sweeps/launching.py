@@ -24,7 +24,7 @@ from tiedlora.errors import StoppedEarly, UserError, drop_output, output_is_clos
 from tiedlora.records.run_folder import Busy, RunFolder
 from tiedlora.runs import run
 from tiedlora.runs.inputs import check_same_inputs
-from tiedlora.scoring.passes import check_words
+from tiedlora.scoring.wanted import check_words
 from tiedlora.sweeps.cells import Goal, Sweep, SweepCell, SweepControl, frozen_cell
 from tiedlora.tasks import load_examples, load_task
 from tiedlora.text import aligned, clock, visible

@@ -13,7 +13,7 @@ from statistics import mean
 from tiedlora.analysis.rate_choice import CRITERIA, ChosenRate, choose_rate, rate_trials
 from tiedlora.errors import LONGEST_MESSAGE, UserError
 from tiedlora.records.loss_metrics import is_loss
-from tiedlora.records.run_record import RunRecord, SplitScores
+from tiedlora.records.scores import Finished, Metrics, read_finished, read_run_scores
 from tiedlora.records.selection import LOSS, SELECTION_FILE, RateChoice, Selection, read_selection, validation_metric
 from tiedlora.sweeps.cells import Sweep, SweepCell, frozen_cell, rate_groups
 from tiedlora.text import aligned, visible
@@ -66,14 +66,14 @@ def choose(cells: Sequence[SweepCell], by: str) -> RateChoice:
     """
     group = cells[0].name.group
     # A cell without a result or an error adds nothing.
-    records: dict[float, dict[int, RunRecord]] = {cell.name.lr: {} for cell in cells}
+    runs: dict[float, dict[int, Finished]] = {cell.name.lr: {} for cell in cells}
     failed: dict[float, set[int]] = {cell.name.lr: set() for cell in cells}
     for cell in cells:
-        if (record := cell.folder.record()) is not None:
-            records[cell.name.lr][cell.config.seed] = record
+        if (run := read_finished(cell.folder)) is not None:
+            runs[cell.name.lr][cell.config.seed] = run
         elif cell.state() == "failed":
             failed[cell.name.lr].add(cell.config.seed)
-    trials = rate_trials(records, failed)
+    trials = rate_trials(runs, failed)
     best = choose_rate(trials, by)
     if best is None:
         raise UserError(f"{group}: no rate finished at every seed; add lower ones with train.lr=")
@@ -83,7 +83,7 @@ def choose(cells: Sequence[SweepCell], by: str) -> RateChoice:
             "score.splits=[validation] in all runs"
         )
     chosen = [cell for cell in cells if cell.name.lr == best.lr and cell.folder.result_file.exists()]
-    metric = LOSS if best.by == "loss" else validation_metric([chosen[0].folder.finished_record()]) or LOSS
+    metric = LOSS if best.by == "loss" else validation_metric([runs[best.lr][chosen[0].config.seed]]) or LOSS
     # The rule takes more as better, so it has seen a loss with the other sign.
     value = -best.value if is_loss(metric) else best.value
     return recorded_choice(best, chosen, metric, value, len(cells), sum(len(trial.failed) for trial in trials))
@@ -131,8 +131,8 @@ def score_test(sweep: Sweep, selection: Selection) -> Selection:
         for run_id in choice.run_ids:
             # The staged sweeper may have added cells beyond the grid.
             cell = cells.get(run_id) or frozen_cell(sweep.path, run_id)
-            record = cell.folder.finished_record()
-            if "test" not in record.scores:
+            cell.folder.finished_record()
+            if not read_run_scores(cell.folder).of("test"):
                 log.info("scoring %s on test", run_id)
                 # It imports torch, which takes seconds, and most selections are complete.
                 from tiedlora.runs.add_scores import add_scores  # noqa: PLC0415
@@ -140,22 +140,22 @@ def score_test(sweep: Sweep, selection: Selection) -> Selection:
                 score = replace(cell.config.score, splits=["test"], forgetting=None)
                 # A cell beyond the grid has the folders of the command that added it.
                 config = replace(cell.config, score=score, data_root=here.data_root, cache=here.cache)
-                record = add_scores(cell.folder, config)
-            scores.append(record.scores["test"])
+                add_scores(cell.folder, config)
+            scores.append(read_run_scores(cell.folder).metrics("test"))
         # If the validation loss was the criterion, the test score is by the task's first metric.
         value, metric = mean_score(scores, choice.metric)
         choices.append(replace(choice, test=value, test_metric=metric))
     return replace(selection, choices=choices)
 
 
-def mean_score(scores: Sequence[SplitScores], preferred: str = "") -> tuple[float | None, str]:
+def mean_score(scores: Sequence[Metrics], preferred: str = "") -> tuple[float | None, str]:
     """The mean over seeds of one metric, and its name; None if the seeds have no metric in common.
 
     Args:
         preferred: the metric to take if all seeds have it; otherwise it is the first that all have.
     """
-    common = [name for name in (preferred, *scores[0].metrics) if all(name in split.metrics for split in scores)]
-    return (mean(split.metrics[common[0]].value for split in scores), common[0]) if common else (None, "")
+    common = [name for name in (preferred, *scores[0]) if all(name in own for own in scores)]
+    return (mean(own[common[0]].value for own in scores), common[0]) if common else (None, "")
 
 
 def searched_rates(sweep: Sweep) -> Selection | None:

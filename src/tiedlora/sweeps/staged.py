@@ -28,6 +28,7 @@ from tiedlora.config.project import PROJECT
 from tiedlora.config.trial_arm import TrialArm
 from tiedlora.errors import UserError
 from tiedlora.records.rows import read_validation_losses
+from tiedlora.records.scores import read_run_scores
 from tiedlora.records.selection import LOSS, SELECTION_FILE, RateChoice, RateSearch, Selection, write_selection
 from tiedlora.sweeps import selection
 from tiedlora.sweeps.cells import PLAN_FILE, VERDICTS_FILE, Goal, Sweep, SweepCell, rate_groups
@@ -103,7 +104,7 @@ class Search:
         cells = [self.cell(chosen.lr, seed) for seed in self.plan.seeds]
         failed = sum(len(trial.failed) for trial in self.stage.trials())
         choice = selection.recorded_choice(chosen, cells, LOSS, chosen.value, len(self.stage.asked), failed)
-        scores = [each.scores["test"] for cell in cells if (each := cell.folder.record()) and "test" in each.scores]
+        scores = [own for cell in cells if (own := read_run_scores(cell.folder).metrics("test"))]
         # The first metric that all seeds have on test.
         test, test_metric = (None, "") if len(scores) < len(cells) else selection.mean_score(scores)
         return replace(choice, test=test, test_metric=test_metric)

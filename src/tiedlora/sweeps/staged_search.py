@@ -145,7 +145,7 @@ class SearchStage:
                 # Nothing could stop here.
                 continue
             self._need(Request(lr, seed, until=rung) for lr in running)
-            # A run of an earlier version has no row losses. It is not compared, so it does not stop.
+            # A run whose file of row losses is gone is not compared, so it does not stop.
             seen = {lr: self.observe(lr, seed).evaluations.get(rung) for lr in running}
             reached.update({lr: losses for lr, losses in seen.items() if losses is not None})
             # All rates that came to the rung are compared, also earlier ones. The better half stays, and at least two.
@@ -210,7 +210,7 @@ class SearchStage:
         return bool(new)
 
     def _is_close(self, lr: float, best: float) -> bool:
-        """Whether a rate is not clearly behind at the end. False if a run (of an earlier version) has no row losses."""
+        """Whether a rate is not clearly behind at the end. False if the row losses of one are gone."""
         losses, others = (self.observe(rate, self.plan.seeds[0]).evaluations for rate in (lr, best))
         return bool(losses and others) and not _behind(losses[max(losses)], others[max(others)])
 

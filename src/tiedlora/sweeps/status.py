@@ -25,8 +25,9 @@ from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import LOOK_SECONDS, State
+from tiedlora.records.scores import read_finished
 from tiedlora.records.selection import SELECTION_FILE, Selection, read_selection
-from tiedlora.scoring.passes import lacks_scores
+from tiedlora.scoring.wanted import lacks_scores
 from tiedlora.sweeps.cells import PLAN_FILE, VERDICTS_FILE, Sweep, SweepCell, SweepControl, frozen_cell, rate_groups
 from tiedlora.sweeps.selection import decision_lines
 from tiedlora.text import clock, visible
@@ -127,12 +128,12 @@ def status_of(
     """
     folder = cell.folder
     try:
-        record = folder.record()
+        run = read_finished(folder)
+        # A search scores only the chosen runs. The others are done without scores.
+        is_unscored = searched is not None and cell.run_id not in searched.chosen
+        is_scored = run is None or is_unscored or not lacks_scores(cell.config.score, folder)
     except UserError as damage:
         return CellStatus(cell, State.FAILED, error=visible(str(damage)))
-    # A search scores only the chosen runs. The others are done without scores.
-    is_unscored = searched is not None and cell.run_id not in searched.chosen
-    is_scored = record is None or is_unscored or not lacks_scores(cell.config.score, record)
     pause = cell.config.train.pause_after
     if searched and not folder.pruned_file.exists() and (step := folder.checkpoint_step()) in searched.rungs:
         pause = step
@@ -143,7 +144,7 @@ def status_of(
     if not is_needed and state in (State.MISSING, State.INTERRUPTED, State.PAUSED):
         state = State.UNNEEDED
     error = folder.error() if state == State.FAILED else None
-    if record is None:
+    if run is None:
         rows = read_metrics(folder.metrics_file) if folder.metrics_file.is_file() else []
         losses = [loss for row in rows if (loss := row.values.get("validation/loss")) is not None]
         # The logged time of training, which only grows.
@@ -151,12 +152,12 @@ def status_of(
         step = max((row.step for row in rows), default=0)
         return CellStatus(cell, state, is_needed, error, seconds, step, losses[-1] if losses else None)
     # `select` may have scored test later. The other cells of the sweep will not need that time.
-    asked = [record.scores[split] for split in cell.config.score.splits if split in record.scores]
-    seconds = record.training.seconds + sum(split.seconds + (split.loss_seconds or 0.0) for split in asked)
-    validation = record.scores.get("validation")
-    metric = validation.first_metric if validation else None
-    score = validation.metrics[validation.first_metric].value if validation else None
-    loss, step = record.training.validation_loss_last, record.training.steps
+    asked = [record for split in cell.config.score.splits for record in run.scores.of(split)]
+    training = run.record.training
+    seconds = training.seconds + sum(record.seconds for record in asked)
+    metric = run.scores.first_metric("validation")
+    score = run.scores.metrics("validation")[metric].value if metric else None
+    loss, step = training.validation_loss_last, training.steps
     return CellStatus(cell, state, is_needed, error, seconds, step, loss, metric, score)
 
 

@@ -24,14 +24,14 @@ from tiedlora import storage
 from tiedlora.config.compose import in_hydras_grammar
 from tiedlora.config.identity import identity_digest
 from tiedlora.config.project import PROJECT
-from tiedlora.config.schema import FORGETTING
 from tiedlora.errors import UserError
-from tiedlora.export.study_records import export_record, export_stopped
+from tiedlora.export.study_records import export_adapter, export_record, export_scores, export_stopped
 from tiedlora.keys import from_person
 from tiedlora.reading import StoredText
 from tiedlora.records.provenance import code_version, git
-from tiedlora.records.run_folder import RunFolder, State
+from tiedlora.records.run_folder import BASE, RunFolder, State
 from tiedlora.records.run_record import RunRecord
+from tiedlora.records.scores import read_run_scores
 from tiedlora.records.selection import SELECTION_FILE, read_selection
 from tiedlora.records.study_files import ARCHIVE, PLAN, RUNS, is_finished, runs_folder
 from tiedlora.sweeps.cells import Sweep
@@ -208,7 +208,7 @@ def export_study(folder: Path, outputs: Path) -> int:
     of_arm: dict[str, list[RunRecord]] = defaultdict(list)
     for run_id in {name for items in choices for item in items for name in item.run_ids}:
         record = RunFolder(outputs / run_id).record() or RunFolder(runs / run_id).record()
-        if record is not None and record.scores:
+        if record is not None and any(read_run_scores(RunFolder(root / run_id)).splits for root in (outputs, runs)):
             of_arm[identity_digest(record.identity.tree | {"seed": None})].append(record)
     with_adapter: set[str] = set()
     for records in of_arm.values():
@@ -224,12 +224,18 @@ def export_study(folder: Path, outputs: Path) -> int:
             if record.run_id != path.name:
                 log.warning("%s: holds the run %s, so it is left out", path, record.run_id)
                 continue
-            if kept_record is not None and _has_more(kept_record, record):
-                log.warning("%s: has scores that the run in %s lacks, so it stays", exported.path, outputs)
-            # A restored record stays as it is, unless scores were added, whose predictions have texts again.
-            elif record.left_out is None or kept_record is None or record.scores != kept_record.scores:
-                is_wanted = record.left_out is not None or path.name in with_adapter
-                export_record(run, runs, keep_adapter=is_wanted and record.adapter_bytes <= LARGEST_ADAPTER)
+            if kept_record is None:
+                export_record(run, runs)
+            elif kept_record.files != record.files:
+                log.warning("%s: is another training of the run that the study keeps, so it is left out", path)
+                continue
+            # A record never changes. What was scored or chosen since is a new file.
+            export_scores(run, exported)
+            # A record that another study has kept with its adapter stays whole.
+            is_wanted = path.name in with_adapter or not record.keeps_texts
+            is_wanted = is_wanted and record.adapter_bytes <= LARGEST_ADAPTER
+            if is_wanted and run.has_adapter and not exported.has_adapter:
+                export_adapter(run, exported)
         elif run.validation_losses_file.is_file() and run.config_file.is_file() and run.state() != State.RUNNING:
             # A finished record stays while its run is trained again, because its adapter was not kept. Files of a
             # stopped run stay as they were written if it has gone no further.
@@ -239,17 +245,6 @@ def export_study(folder: Path, outputs: Path) -> int:
             continue
         count += 1
     return count
-
-
-def _has_more(kept: RunRecord, record: RunRecord) -> bool:
-    """Whether the kept record has a score of a split, or the base model's, that the record lacks."""
-
-    def names(each: RunRecord) -> set[tuple[str, str]]:
-        splits = {split: scores for split, scores in each.scores.items() if split != FORGETTING}
-        base = {(split, "base") for split, scores in splits.items() if scores.base is not None}
-        return base | {(split, name) for split, scores in splits.items() for name in scores.metrics}
-
-    return not names(kept) <= names(record)
 
 
 def _progress(run: RunFolder) -> list[object]:
@@ -275,6 +270,6 @@ def restore_study(folder: Path, outputs: Path) -> int:
     missing = [path for path in kept if not (outputs / path.name).exists()]
     for path in missing:
         storage.copy_folder(path, outputs / path.name)
-    for file in (runs / "base").glob("*.jsonl"):
-        storage.write_bytes(outputs / "base" / file.name, storage.read_bytes(file))
+    for file in (runs / BASE).glob("*.jsonl*"):
+        storage.write_bytes(outputs / BASE / file.name, storage.read_bytes(file))
     return len(missing)

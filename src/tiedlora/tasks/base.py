@@ -82,7 +82,7 @@ class Task:
         return [DataRow(f"{hub.id}[{name}] row {i}", dict(row)) for i, row in enumerate(table)]
 
     def row_id(self, row: DataRow, number: int) -> str:
-        """The row's name in predictions: its own id, or without one its number in the split (counted from 0)."""
+        """The row's name in files of scores: its own id, or without one its number in the split (counted from 0)."""
         own = row.fields.get("id")
         return str(number if own is None else own)
 

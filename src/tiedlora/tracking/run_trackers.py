@@ -26,8 +26,9 @@ from requests.utils import get_netrc_auth
 from tiedlora.config.identity import arm_of, config_tree
 from tiedlora.config.schema import LONGEST_TAG, Config
 from tiedlora.errors import Paused, UserError
-from tiedlora.records.rows import AppendedFile, MetricsRow, PredictionRow, read_metrics, read_predictions
+from tiedlora.records.rows import AppendedFile, MetricsRow, read_metrics
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.scores import ScoreFile, read_scores
 from tiedlora.text import shortened, visible
 
 log = logging.getLogger(__name__)
@@ -239,8 +240,10 @@ def _reason(error: Exception) -> str:
 def first_answers(folder: RunFolder, most: int) -> Answers:
     """Prompt, references, the base model's answer, the adapted model's, and its scores, of the first `most` rows."""
     for split in TABLE_SPLITS:
-        if rows := _answered(folder, split)[:most]:
-            base = {row.id: row.output for row in _answered(folder, f"{split}.base")}
+        if (found := _answers(folder.scores_file(split, "answers"))) is not None:
+            rows, base_file = found.rows[:most], folder.base_scores_file(found.record.base)
+            of_base = _answers(base_file)
+            base = {row.id: row.output for row in of_base.rows} if of_base is not None else {}
             metrics = [name for name, score in rows[0].scores.items() if not isinstance(score, list)]
             return [
                 {
@@ -257,9 +260,9 @@ def first_answers(folder: RunFolder, most: int) -> Answers:
     return []
 
 
-def _answered(folder: RunFolder, name: str) -> list[PredictionRow]:
-    """The rows with an answer; none if the file is missing or damaged."""
+def _answers(path: Path) -> ScoreFile | None:
+    """A file of scored answers; None if it is missing or damaged."""
     try:
-        return [row for row in read_predictions(folder.predictions_file(name)) if row.has_answer]
+        return read_scores(path)
     except UserError:
-        return []
+        return None

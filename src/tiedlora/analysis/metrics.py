@@ -1,4 +1,4 @@
-"""The metrics of a split, from its rows. Each has a 95 % interval over which examples, or clusters, were drawn."""
+"""The metrics of a file of scores, from its rows. Each has a 95 % interval over which rows or clusters were drawn."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from tiedlora.records.loss_metrics import (
     mean_per_token,
 )
 from tiedlora.records.rows import PredictionRow
+from tiedlora.records.scores import Kind
 from tiedlora.tasks import Task
 
 
-def summarise(rows: Sequence[PredictionRow], task: Task, *base: Sequence[PredictionRow]) -> dict[str, Interval]:
-    """Each metric that the rows have, the losses last, with its interval; with a base, see `gains`.
+def summarise(rows: Sequence[PredictionRow], task: Task, kind: Kind) -> dict[str, Interval]:
+    """Each metric of this kind with its interval.
 
     It is Wilson's if every score is 0 or 1, otherwise a bootstrap; for rows in clusters, a jackknife over clusters.
     """
-    clusters = Clusters.of([row.cluster for row in rows])
-    own = task.metrics if rows[0].has_answer else ()
-    metrics = [*own, *(metric for metric in (*LOSS_METRICS, DRIFT) if metric in rows[0].scores)]
-    return {metric: _interval(task, metric, clusters, (rows, *base)) for metric in metrics}
+    return _summarised(task, kind, rows)
 
 
-def gains(adapted: Sequence[PredictionRow], base: Sequence[PredictionRow], task: Task) -> dict[str, Interval]:
+def gains(
+    adapted: Sequence[PredictionRow], base: Sequence[PredictionRow], task: Task, kind: Kind
+) -> dict[str, Interval]:
     """Each metric of the adapted model minus that of the base model, paired on the same examples.
 
     The interval is Newcombe's if every score is 0 or 1, and otherwise a bootstrap that resamples pairs; for rows in
@@ -53,7 +53,13 @@ def gains(adapted: Sequence[PredictionRow], base: Sequence[PredictionRow], task:
     """
     if [row.id for row in adapted] != [row.id for row in base]:
         raise ValueError("paired scores need the same examples in the same order")
-    return summarise(adapted, task, base)
+    return _summarised(task, kind, adapted, base)
+
+
+def _summarised(task: Task, kind: Kind, *sides: Sequence[PredictionRow]) -> dict[str, Interval]:
+    clusters = Clusters.of([row.cluster for row in sides[0]])
+    metrics = {"answers": task.metrics, "losses": LOSS_METRICS, "drift": (DRIFT,)}[kind]
+    return {metric: _interval(task, metric, clusters, sides) for metric in metrics}
 
 
 def _interval(task: Task, metric: str, clusters: Clusters | None, sides: Sequence[Sequence[PredictionRow]]) -> Interval:
