@@ -8,7 +8,7 @@ import torch
 from helpers.families import FAMILIES, SCALED, family_model
 from helpers.second_device import NAME
 from helpers.task_rows import GOOD, write
-from helpers.tiny import EIGHT, folder_of, losses_of, randomise, score_more, tiny
+from helpers.tiny import EIGHT, folder_of, losses_of, randomise, rows_of, score_more, tiny
 
 import tiedlora
 from tiedlora.config.compose import read_config
@@ -16,7 +16,6 @@ from tiedlora.data.batching import collate
 from tiedlora.data.encoding import Encoded
 from tiedlora.export.folder import ExportOptions, export_run
 from tiedlora.models import device as devices
-from tiedlora.records.rows import read_predictions
 from tiedlora.runs import library, run
 from tiedlora.runs.verify import verify
 from tiedlora.scoring.decoding import AnswerEnds, choice_log_likelihoods, decode
@@ -61,7 +60,7 @@ def test_a_configuration_trains_as_on_the_cpu(device, short, tmp_path, name):
     assert (record.execution.device, expected.execution.device) == ("a second device", "cpu")
     assert record.run_id == expected.run_id
     assert losses_of(folder_of(here)) == pytest.approx(losses_of(folder_of(there)), rel=1e-5)
-    ours, theirs = (read_predictions(folder_of(each).predictions_file("validation")) for each in (here, there))
+    ours, theirs = (rows_of(folder_of(each), "validation") for each in (here, there))
     assert [row.output for row in ours] == [row.output for row in theirs]
 
 
@@ -80,9 +79,9 @@ PATHS = {
 
 @pytest.mark.parametrize("name", PATHS)
 def test_a_path_of_a_run(device, short, name):
-    record = run.main(short(*PATHS[name], *([] if name == "drift" else WITHOUT_BASE[2:])))
-    assert record.execution.device == "a second device"
-    assert record.scores["validation"].rows == 3
+    config = short(*PATHS[name], *([] if name == "drift" else WITHOUT_BASE[2:]))
+    assert run.main(config).execution.device == "a second device"
+    assert len(rows_of(folder_of(config), "validation")) == 3
 
 
 @pytest.mark.parametrize("method", ["dora", "vera", "unilora", "tinylora"])
@@ -110,7 +109,8 @@ def test_a_task_of_a_kind(device, short, tmp_path, kind):
     write(tmp_path / "rows", kind, *ROWS_OF[kind][6:], split="validation")
     words = (f"data_root={tmp_path}/rows", *(["task.validation_from_train=3"] if taken else []))
     config = short(*words, "score.base=false", "model.context=1024", task=kind)
-    assert run.main(config).scores["validation"].rows == 3
+    run.main(config)
+    assert len(rows_of(folder_of(config), "validation")) == 3
 
 
 def test_a_finished_run_is_scored_verified_loaded_and_exported(device, short, script, tmp_path):
@@ -118,14 +118,14 @@ def test_a_finished_run_is_scored_verified_loaded_and_exported(device, short, sc
     run.main(config)
     folder = folder_of(config)
     (tmp_path / "text.txt").write_text("Some neutral text. " * 20)
-    record = score_more(folder, splits=["validation"], drift=True, forgetting=str(tmp_path / "text.txt"))
-    assert set(record.scores) == {"validation", "forgetting"}
+    scores = score_more(folder, splits=["validation"], drift=True, forgetting=str(tmp_path / "text.txt"))
+    assert scores.splits == ["validation", "forgetting"]
     assert [finding for finding in verify(folder.path) if finding.ok is False] == []
     code, out, err = script("scripts/generate.py", folder.path, "--prompt", "1 + 2")
     assert (code, "adapted" in out) == (0, True), err
     for form in ("peft", "merged"):
         options = ExportOptions(form=form, split="validation")
-        export_run(folder, record, read_config(folder.config_file), tmp_path / form, options)
+        export_run(folder, folder.finished_record(), read_config(folder.config_file), tmp_path / form, options)
     # An adapter that is read moves to the model.
     first = library.load(folder.path, device="auto")
     ids = torch.tensor([[1, 2, 3]], device=torch.device(NAME))

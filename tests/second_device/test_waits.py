@@ -73,16 +73,14 @@ def test_sampled_answers_wait_no_more_often(device, short):
     assert sum(by_line.values()) <= 8 * (math.ceil(12 / LOOK_EVERY) + 1), by_line
 
 
-@pytest.mark.parametrize("what", ["losses", "divergences", "choices"])
+@pytest.mark.parametrize("what", ["losses", "drift", "choices"])
 def test_scores_wait_once_a_batch(device, what):
     scorer = tiny_scorer("score.batch_size=4")
     scorer.arm.model.to(NAME)
     examples = [Example(str(n), f"{n} + 1 =", f" {n + 1}", (f" {n + 1}",)) for n in range(16)]
     with device.counted() as waits:
-        if what == "losses":
-            scorer.rows(examples, "", losses=True)
-        elif what == "divergences":
-            scorer.divergences(examples, "")
+        if what in ("losses", "drift"):
+            scorer.rows(examples, "", what)
         else:
             for start in range(0, 16, 4):
                 choice_log_likelihoods(scorer.arm.model, [[start, 2], [3]] * 2, [[[1, 2], [3]]] * 4)

@@ -2,7 +2,8 @@
 
     studies/NAME/study.yaml    the plan: the question and the words of every sweep; committed before the first run
     studies/NAME/claims.yaml   the claims, with their planned looks
-    studies/NAME/runs/         the records (export/study_records.py), which the report reads as it reads outputs/
+    studies/NAME/runs/         the records (export/study_records.py), which the report reads as it reads outputs/;
+                               of a finished study, records.tar.xz (records/study_files.py)
 
 A sweep of a study is an ordinary `train.py --multirun` command, so it stops and continues like any other.
 """
