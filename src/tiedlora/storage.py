@@ -187,8 +187,8 @@ def first_line(path: Path) -> bytes:
 
 
 def is_here(path: Path) -> bool:
-    """Whether a file is there, as it is or compressed."""
-    return path.exists() or _compressed(path).exists()
+    """Whether a file is there, as it is or compressed. So is a link that leads nowhere, which cannot be read."""
+    return os.path.lexists(path) or _compressed(path).exists()
 
 
 def _compressed(path: Path) -> Path:

@@ -1,6 +1,5 @@
 """Answers to claims: the rule decides at planned looks only, and what cannot be decided says why."""
 
-import json
 import shutil
 
 import numpy as np
@@ -136,8 +135,7 @@ class TestLooks:
         world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, seeds=3, **SURE)
         (last,) = (tmp_path / "runs").glob("TABuv-*-s2-*")
         if at == "this rate":
-            tree = json.loads((last / "result.json").read_text())
-            (last / "result.json").write_text(json.dumps({**tree, "scores": {}}))
+            shutil.rmtree(last / "scores")
         else:
             shutil.rmtree(last)
             world(tmp_path / "runs", {"TABuv": 0.2}, seeds=3, lr=3e-2, **SURE)

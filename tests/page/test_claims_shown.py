@@ -10,9 +10,10 @@ from tiedlora.page import charts, figures, write
 
 CLAIMS = """looks: [3, 5]
 claims:
-  - {name: keeps, method: {configuration: TABuv, rank: 8}, comparator: &lora {configuration: LoRA, at: equal_rank},
+  - {name: keeps, method: {configuration: TABuv, rank: 8}, comparator: {configuration: LoRA, at: equal_rank},
      retains: 0.9, tasks: []}
-  - {name: of another rank, method: {configuration: TABuv, rank: 128}, comparator: *lora, retains: 0.9, tasks: [squad]}
+  - {name: of another rank, method: {configuration: TABuv, rank: 128},
+     comparator: {configuration: LoRA, at: equal_rank}, retains: 0.9, tasks: [squad]}
 """
 
 

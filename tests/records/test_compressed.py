@@ -8,16 +8,18 @@ from tiedlora import storage
 from tiedlora.errors import UserError
 
 
-def test_a_compressed_file_has_the_content_and_the_sha256_of_the_file(tmp_path):
+def test_a_compressed_file_is_read_as_the_file(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"id": "1"}\n' * 100)
-    sha256 = storage.sha256(path)
+    assert storage.is_here(path)
     storage.compress(path)
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl.gz"]
     assert storage.read_content(path) == b'{"id": "1"}\n' * 100
-    assert storage.content_sha256(path) == sha256
+    assert storage.first_line(path) == b'{"id": "1"}\n'
+    assert storage.is_here(path)
     path.write_bytes(b"newer\n")
-    assert storage.read_content(path) == b"newer\n", "the plain file comes first"
+    assert storage.read_content(path) == storage.first_line(path) == b"newer\n", "the plain file comes first"
+    assert not storage.is_here(tmp_path / "others.jsonl")
 
 
 def test_equal_content_is_not_compressed_again(tmp_path):

@@ -25,12 +25,12 @@ def config(tiny_config, tmp_path, monkeypatch):
     return tiny_config("model.source=hub", f"model.path={tmp_path}/model", "score.metrics=[exact_match_strict]")
 
 
-def has_letters(folder: RunFolder, name: str) -> bool:
-    return any(letter in string.ascii_letters for output, _ in answers(folder, name) for letter in output)
+def has_letters(folder: RunFolder, split: str, base: bool = False) -> bool:
+    return any(letter in string.ascii_letters for output, _ in answers(folder, split, base) for letter in output)
 
 
-def answers(folder: RunFolder, name: str) -> list[tuple[str, str]]:
-    return [(row.output, row.ended) for row in rows_of(folder, name)]
+def answers(folder: RunFolder, split: str, base: bool = False) -> list[tuple[str, str]]:
+    return [(row.output, row.ended) for row in rows_of(folder, split, base=base)]
 
 
 def test_only_the_models_own_ends_count():
@@ -54,8 +54,8 @@ def test_answers_end_at_every_end_of_the_model_and_the_record_names_them(config)
     record, folder = run.main(config), folder_of(config)
     assert record.more_ends == folder.record().more_ends == ENDS
     assert not has_letters(folder, "validation")
-    assert not has_letters(folder, "validation.base")
-    assert "end" in {ended for _, ended in answers(folder, "validation.base")}
+    assert not has_letters(folder, "validation", base=True)
+    assert "end" in {ended for _, ended in answers(folder, "validation", base=True)}
     assert not [finding for finding in verify.verify(folder.path, rows=100) if finding.ok is False]
 
 
@@ -64,9 +64,9 @@ def test_a_run_of_an_earlier_version_keeps_its_ends(config, monkeypatch):
         earlier.setattr(BaseModel, "more_ends", ())
         assert run.main(config).more_ends is None
     folder = folder_of(config)
-    before = answers(folder, "validation.base")
-    assert has_letters(folder, "validation.base")
+    before = answers(folder, "validation", base=True)
+    assert has_letters(folder, "validation", base=True)
     score_more(folder, splits=["validation", "test"])
-    assert answers(folder, "validation.base") == before
-    assert has_letters(folder, "test.base")
+    assert answers(folder, "validation", base=True) == before
+    assert has_letters(folder, "test", base=True)
     assert not [finding for finding in verify.verify(folder.path, rows=100) if finding.ok is False]

@@ -7,8 +7,8 @@ from helpers.leak import BiasArm, MeanArm
 from helpers.tiny import folder_of
 from safetensors.torch import load_file
 
+from tiedlora import other_methods
 from tiedlora.adapter import arms
-from tiedlora.config import methods
 from tiedlora.config.compose import read_config
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
@@ -25,7 +25,7 @@ def third_kinds():
     arms.register("bias", BiasArm)
     arms.register("mean", MeanArm)
     yield
-    methods.REGISTERED.clear()
+    other_methods.REGISTERED.clear()
 
 
 def adapter_bytes(folder: RunFolder) -> dict[str, bytes]:

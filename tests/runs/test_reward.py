@@ -181,9 +181,9 @@ def test_a_task_without_a_score_of_an_answer_is_refused(tiny_config, task, says,
 def test_the_drift_is_a_sum_over_the_vocabulary():
     scorer = tiny_scorer()
     examples = [Example(str(n), f"{n} + {n} =", f" {2 * n}", ("x",)) for n in range(5)]
-    assert scorer.divergences(examples, "start") == [0.0] * 5
+    assert [row.scores for row in scorer.rows(examples, "start", "drift")] == [{"drift": 0.0}] * 5
     randomise(scorer.arm.adapter, scale=0.3)
-    found = scorer.divergences(examples, "moved")
+    found = [row.scores["drift"] for row in scorer.rows(examples, "moved", "drift")]
     for example, value in zip(examples, found, strict=True):
         row = scorer.encoder.example(example)
         ids, first = torch.tensor([row.prompt + row.target]), len(row.prompt) - 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.hostile import change_rows, put, put_in_scores
+from helpers.hostile import change_lines, change_rows, put, put_in_scores
 from helpers.task_rows import write
 from helpers.tiny import score_more, tiny_scorer
 
@@ -134,10 +134,10 @@ def test_each_number_of_a_record_is_checked_or_listed_as_not_checked(copy, whose
 
 def test_files_that_were_changed_together_are_checked_against_the_rows_and_the_configuration(copy):
     steps = RunFolder(copy).finished_record().training.steps
-    change_rows(copy / "metrics.jsonl", lambda row: row.update({"train/tokens": 99}), [steps])
+    change_lines(copy / "metrics.jsonl", lambda row: row.update({"train/tokens": 99}), [steps])
     put(copy, "training.tokens", 99)
     assert "training.tokens is " in wrong(copy, rows=0)["tokens"]
-    change_rows(copy / "validation_losses.jsonl", lambda row: row["tokens"].reverse())
+    change_lines(copy / "validation_losses.jsonl", lambda row: row["tokens"].reverse())
     assert "the target tokens of step 0 in validation_losses.jsonl" in wrong(copy, rows=0)["tokens"]
     description = copy / "adapter" / "adapter.json"
     description.write_text(description.read_text().replace('"alpha": 8.0', '"alpha": 80.0'))
@@ -149,7 +149,7 @@ def test_files_that_were_changed_together_are_checked_against_the_rows_and_the_c
 def test_without_the_logs_of_training_their_numbers_are_listed(copy):
     (copy / "metrics.jsonl").unlink()
     (copy / "validation_losses.jsonl").unlink()
-    *findings, last = verify.verify(copy, data_root=str(copy.parent / "data"), rows=0)
+    *findings, last, _ = verify.verify(copy, data_root=str(data_of(copy)), rows=0)
     assert not [finding for finding in findings if finding.ok is False]
     assert "training.seconds, training.tokens_per_s, training.validation_loss_first" in last.explanation
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.report_runs import make_config, make_record, scored_run, write_run
+from helpers.report_runs import make_config, make_record, scored_run, write_config, write_run
 
 from tiedlora.errors import UserError
 from tiedlora.page import write
@@ -109,7 +109,8 @@ def test_trials_that_differ_are_no_fair_comparison(chosen):
 
 
 def test_a_loss_is_the_better_score_if_it_is_lower_and_runs_of_two_metrics_have_none_in_common(tmp_path):
-    folders = [scored_run(tmp_path / name, [0.5, 1.5], metric=name) for name in ("target_loss", "exact_match")]
+    of_metric = {"target_loss": [0.5, 1.5], "exact_match": [1.0, 1.0]}
+    folders = [scored_run(tmp_path / name, scores, metric=name) for name, scores in of_metric.items()]
     loss, match = (read_finished(RunFolder(folder)) for folder in folders)
     assert validation_scores({0: loss}, "target_loss") == {0: -1.0}
     assert validation_scores({0: match}, "exact_match") == {0: 1.0}
@@ -138,11 +139,11 @@ def random_sweep(outputs: Path, draw: random.Random) -> Sweep:
                 cell.config.outputs = str(outputs)
                 cell.config.score.splits = ["validation"] if metrics else []
                 metric = draw.choice(metrics or [""])
-                cell.config.score.metrics = ["target_loss"] if metric == "target_loss" else None
+                cell.config.score.metrics = [metric] if metric else None
                 cells.append(cell)
                 if diverges and draw.random() < 0.7:
                     cell.folder.path.mkdir(parents=True)
-                    cell.folder.config_file.write_text(f"train: {{lr: {lr}}}\n")
+                    write_config(cell.folder.path, make_record(name=name, lr=lr, seed=seed))
                     cell.folder.error_file.write_text("UserError: step 3: the validation loss is nan\n")
                     continue
                 # Few different values, so that ties are common.
