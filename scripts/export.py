@@ -41,7 +41,7 @@ def main() -> None:
         raise UserError(f"--cache {arguments.cache}: is for --to merged, which loads the base model")
     run = RunFolder(arguments.run.absolute())
     record = run.finished_record()
-    scored = read_run_scores(run).splits
+    scored = read_run_scores(run, record).splits
     if arguments.split and arguments.split not in scored:
         raise UserError(
             f"--split {arguments.split}: the run has no scores of it; scripts/score.py RUN --split {arguments.split} "

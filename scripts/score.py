@@ -67,7 +67,7 @@ def main() -> None:
         config.train.device = here_or_auto(config.train.device)
         config.data_root, config.score = compose.rows_are_in(config, arguments.data_root), score
         add_scores(folder, config, arguments.again)
-    print(terminal_lines(record, read_run_scores(folder), folder.path))
+    print(terminal_lines(record, read_run_scores(folder, record), folder.path))
 
 
 if __name__ == "__main__":

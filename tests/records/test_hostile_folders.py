@@ -54,6 +54,7 @@ FIRST_LINES = {  # the same for the first line of a file of scores
     "scores of no rows": ("rows", 0, "'rows' is 0"),
     "a score above one": ("metrics.exact_match_strict.value", 57.0, "is no value with an interval within [-1, 1]"),
     "a gain above one": ("gain.exact_match_strict.high", 57.0, "'gain.exact_match_strict' is no value with an"),
+    "a gain over no base": ("base", "", "has a gain over a base model that it does not name; restore the file"),
     "a path for the base": ("base", "../../../x", "'base' is '../../../x'"),
     "a path for a sha256": ("rows_sha256", "../../x", "'rows_sha256' is '../../x'"),
 }
@@ -83,6 +84,22 @@ def test_a_wrong_first_line_of_scores_is_named_by_whoever_reads_it(what, folder,
         run.main(composed(words))
     left_out = read_run(folder)
     assert says in left_out.reason
+
+
+@pytest.mark.parametrize("key", ["run_id", "adapter"])
+def test_the_scores_of_another_adapter_are_not_taken_for_those_of_the_run(key, folder, words, script):
+    path = folder / "scores" / "validation.losses.jsonl"
+    put_in_scores(path, key, "another")
+    says = f"{path}: holds the scores of another adapter"
+    with refused(says, folder):
+        run.main(composed(words))
+    assert says.removeprefix(f"{folder}/") in read_run(folder).reason
+    code, _, err = script("scripts/export.py", folder, "--to", "hub-card")
+    assert (code, err.startswith(f"error: {says}")) == (2, True)
+    # As the message says.
+    path.unlink()
+    run.main(composed(words))
+    assert read_run_scores(RunFolder(folder)).of("validation")
 
 
 TEXTS = {

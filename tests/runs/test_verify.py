@@ -13,6 +13,7 @@ from helpers.tiny import score_more, tiny_scorer
 
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
+from tiedlora.reading import plain
 from tiedlora.records.rows import PredictionRow
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.scores import read_scores
@@ -213,6 +214,13 @@ def test_a_first_line_that_its_rows_do_not_give_is_named(copy, key):
     named = f"scores/validation.answers.{key}"
     named += ".value" if FIRST_LINE[key] is ... else ""
     assert f"{named} is " in wrong(copy, rows=0)["scores validation.answers"]
+
+
+def test_another_order_of_the_metrics_is_named_because_comparisons_use_the_first(copy):
+    first = read_scores(copy / ANSWERS).record.metrics
+    other = dict(reversed([*plain(first).items()]))
+    put_in_scores(copy / ANSWERS, "metrics", other)
+    assert f"is {[*first]}, recorded {[*other]}" in wrong(copy, rows=0)["scores validation.answers"]
 
 
 @pytest.mark.parametrize("key", ["run_id", "adapter", "digest", "output_tokens", "metrics.exact_match_strict.value"])

@@ -218,7 +218,7 @@ def read_run(path: Path) -> Run | LeftOut:
     try:
         record = read_record(folder.result_file)
         identity_digest(record.identity.tree)  # It refuses a number that is not finite.
-        return Run(path, record, read_run_scores(folder))
+        return Run(path, record, read_run_scores(folder, record))
     except UserError as error:
         return LeftOut(path, str(error).removeprefix(f"{path}/"), _unfinished(folder))
 

@@ -85,7 +85,7 @@ def export_run(run: RunFolder, record: RunRecord, config: Config, out: Path, opt
         with TemporaryDirectory(dir=out, prefix=".unfinished-") as unfinished:
             inside = Path(unfinished)
             _write_weights(run, record, config, inside, options)
-            scored = read_run_scores(run)
+            scored = read_run_scores(run, record)
             is_asked = options.form != "hub-card" and options.split in scored.splits and record.keeps_texts
             task = _write_task(run, config, inside, options) if is_asked and _is_gsm8k(config.task) else ""
             (inside / "README.md").write_text(card(record, scored, config, options, task), encoding="utf-8")

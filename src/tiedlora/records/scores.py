@@ -20,6 +20,7 @@ from pydantic import Field
 
 from tiedlora import storage
 from tiedlora.config.schema import FORGETTING, SCORED_SPLITS
+from tiedlora.description import DESCRIPTION
 from tiedlora.errors import UserError
 from tiedlora.reading import Flag, StoredCount, StoredName, StoredNumber, StoredText, plain, typed
 from tiedlora.records.interval import Interval
@@ -36,6 +37,8 @@ StoredSplit = Annotated[StoredText, Field(pattern=f"^({'|'.join((*SCORED_SPLITS,
 BaseName = Annotated[StoredText, Field(pattern=r"^([A-Za-z0-9_][A-Za-z0-9._-]{0,400})?$")]
 Metrics = dict[StoredName, Interval]
 """Metric -> its value with its interval: within [-1, 1], or in nats if the metric is a loss."""
+ADAPTER = f"adapter/{DESCRIPTION}"
+"""The file of a run whose sha256 its scores name."""
 WHAT = "the scores of a run of this project"
 
 
@@ -148,7 +151,7 @@ def read_finished(folder: RunFolder) -> Finished | None:
         UserError: result.json or a file of scores is damaged.
     """
     record = folder.record()
-    return None if record is None else Finished(record, read_run_scores(folder))
+    return None if record is None else Finished(record, read_run_scores(folder, record))
 
 
 def write_scores(path: Path, record: ScoreRecord, rows: Sequence[PredictionRow]) -> ScoreRecord:
@@ -189,11 +192,14 @@ def read_score_record(path: Path) -> ScoreRecord:
     return _parsed(path, storage.first_line(path))
 
 
-def read_run_scores(folder: RunFolder) -> RunScores:
+def read_run_scores(folder: RunFolder, trained: RunRecord | None = None) -> RunScores:
     """The records of a run's scores, in the order of splits and kinds.
 
+    Args:
+        trained: the run's own record, where it is known. Then the scores must be those of its adapter.
+
     Raises:
-        UserError: a file is damaged, or its first line is that of another split or kind.
+        UserError: a file is damaged, or its first line is that of another split, kind, run or adapter.
     """
     adapted: dict[tuple[str, Kind], ScoreRecord] = {}
     base: dict[tuple[str, Kind], ScoreRecord] = {}
@@ -205,6 +211,13 @@ def read_run_scores(folder: RunFolder) -> RunScores:
             adapted[split, kind] = record = read_score_record(path)
             if (record.split, record.kind) != (split, kind):
                 raise UserError(f"{path}: holds {record.kind} of {record.split}; restore the file")
+            if trained and (
+                record.run_id != trained.run_id or record.adapter != trained.files.get(ADAPTER, record.adapter)
+            ):
+                raise UserError(
+                    f"{path}: holds the scores of another adapter (of {record.run_id!r:.120}); restore the file, or "
+                    "remove it and score the run again"
+                )
             base_file = folder.base_scores_file(record.base)
             if record.base and storage.is_here(base_file):
                 base[split, kind] = read_score_record(base_file)
@@ -215,7 +228,9 @@ def _parsed(path: Path, line: bytes) -> ScoreRecord:
     try:
         record = typed(ScoreRecord, storage.parse_json(line), WHAT)
     except (ValueError, RecursionError, UserError) as error:
-        raise UserError(f"{path}:1: is not the record of scores ({error})") from None
+        raise UserError(f"{path}:1: is not the record of scores ({error}); restore the file") from None
+    if record.gain and not record.base:
+        raise UserError(f"{path}:1: has a gain over a base model that it does not name; restore the file")
     for key, intervals in (("metrics", record.metrics), ("gain", record.gain)):
         for metric, interval in intervals.items():
             if kind_of(metric) != record.kind:

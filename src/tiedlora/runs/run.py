@@ -52,7 +52,7 @@ def main(config: Config) -> RunRecord | None:
         return None
     if finished is not None:
         _reuse(config, folder, finished)
-    print(terminal_lines(record, read_run_scores(folder), folder.path))
+    print(terminal_lines(record, read_run_scores(folder, record), folder.path))
     return record
 
 

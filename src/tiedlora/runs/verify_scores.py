@@ -167,7 +167,11 @@ def _first_line_again(
         # The file's name, by which it was found.
         found["base"] = record.base
     try:
-        found["metrics"] = _intervals(summarise(rows, run.task, record.kind), record.metrics)
+        metrics = summarise(rows, run.task, record.kind)
+        found["metrics"] = _intervals(metrics, record.metrics)
+        # Comparisons use the first one. Other values than these are named above.
+        if metrics.keys() == record.metrics.keys():
+            others[f"the order of the metrics of {scored.name}"] = [*metrics], [*record.metrics]
         if scored.base is not None and record.gain:
             again = gains(rows, run.rows(scored.base), run.task, record.kind)
             found["gain"] = _intervals(again, record.gain)
