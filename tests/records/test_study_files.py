@@ -48,6 +48,29 @@ def test_equal_records_give_equal_archives(study, tmp_path):
     assert study_files.finish(study) == study_files.finish(tmp_path / "other")
 
 
+def test_a_process_that_was_killed_before_its_archive_was_there_leaves_no_second_line(study):
+    plan = (study / "study.yaml").read_text()
+    sha256 = study_files.finish(study)
+    finished = (study / "study.yaml").read_text()
+    unpacked = files_of(study_files.records_folder(study))
+    # As the kill leaves it: the line, and the records as files. One of them has changed since.
+    (study / "records.tar.xz").unlink()
+    for name, data in unpacked.items():
+        storage.write_bytes(study / name, data)
+    (study / "clusters.json").write_text('{"gsm8k": {}}')
+    again = study_files.finish(study)
+    assert (study / "study.yaml").read_text() == finished.replace(sha256, again)
+    assert finished.startswith(plan)
+    assert files_of(study_files.records_folder(study)).keys() == unpacked.keys()
+
+
+def test_an_archive_without_runs_is_no_study_that_has_not_begun(study, tmp_path):
+    (study / "runs").rename(tmp_path / "away")
+    archive_of(study, (tarfile.TarInfo("clusters.json"), b""))
+    with pytest.raises(UserError, match=r"records\.tar\.xz: holds no folder runs, which every study has; restore"):
+        study_files.runs_folder(study)
+
+
 def archive_of(study, *entries):
     """An archive with these entries, which study.yaml names."""
     path = study / "records.tar.xz"
@@ -81,9 +104,10 @@ def test_an_archive_that_is_another_one_damaged_or_too_large_is_refused(study, m
         study_files.records_folder(study)
     archive.write_bytes(data)
     (study / "study.yaml").write_text(f"name: small\nrecords: {sha256}\n")
-    monkeypatch.setattr(study_files, "LARGEST_BYTES", 100)
-    with pytest.raises(UserError, match="which no study has"):
-        study_files.records_folder(study)
+    for limit, value, says in (("LARGEST_COUNT", 3, "more than 3 files"), ("LARGEST_BYTES", 100, "more than 0 GiB")):
+        monkeypatch.setattr(study_files, limit, value)
+        with pytest.raises(UserError, match=f"{says}, which no study has"):
+            study_files.records_folder(study)
     (study / "runs").mkdir()
     with pytest.raises(UserError, match=r"has runs/ and records\.tar\.xz"):
         study_files.records_folder(study)

@@ -28,7 +28,11 @@ PACKED = (RUNS, "rates", CLUSTERS)
 """What an archive may hold, as far as the study has it."""
 LARGEST_BYTES = 4 * 2**30
 """Of an archive's files together. A study is a file that people pass on, and an archive can pretend to be small."""
+LARGEST_COUNT = 50_000
+"""Of an archive's entries. Empty files take no bytes, but time."""
 _SHA256 = re.compile(r"^records: *(\S+)$", re.MULTILINE)
+_COMMENT = f"# The sha256 of {ARCHIVE}."
+_RECORDS = re.compile(rf"^(?:{re.escape(_COMMENT)}\n)?records:.*\n?", re.MULTILINE)
 
 
 def is_study(folder: Path) -> bool:
@@ -71,9 +75,14 @@ def runs_folder(folder: Path) -> Path:
     """The folder of a study's runs, as `records_folder`.
 
     Raises:
-        UserError: the study has no runs yet; or as `records_folder`.
+        UserError: the study has no runs yet, or its archive holds none; or as `records_folder`.
     """
     runs = records_folder(folder) / RUNS
+    if not runs.is_dir() and is_finished(folder):
+        raise UserError(
+            f"{folder / ARCHIVE}: holds no folder {RUNS}, which every study has; restore the file, or remove what is "
+            f"left of its unpacked form, {runs.parent}"
+        )
     if not runs.is_dir():
         raise UserError(f"{runs}: the study has no runs yet; scripts/study.py run {folder} makes them")
     return runs
@@ -102,9 +111,9 @@ def finish(folder: Path) -> str:
             for path in packed:
                 tar.add(path, path.name, filter=_plain)
         sha256 = storage.sha256(beside)
-        text = plan.read_text(encoding="utf-8").rstrip("\n")
-        # Before the archive is there, the line means nothing.
-        storage.write_bytes(plan, f"{text}\n# The sha256 of {ARCHIVE}.\nrecords: {sha256}\n".encode())
+        # Before the archive is there, the line means nothing. One may be left from a process that was killed here.
+        text = _RECORDS.sub("", plan.read_text(encoding="utf-8")).rstrip("\n")
+        storage.write_bytes(plan, f"{text}\n{_COMMENT}\nrecords: {sha256}\n".encode())
         beside.replace(archive)
     finally:
         beside.unlink(missing_ok=True)
@@ -127,12 +136,14 @@ def _unpack(archive: Path, out: Path) -> None:
     try:
         with tarfile.open(archive, "r:xz") as tar:
             size = 0
-            for entry in tar:
+            for count, entry in enumerate(tar, start=1):
                 if entry.name.partition("/")[0] not in PACKED:
                     raise UserError(f"{archive}: holds {entry.name!r:.60}; it may hold {', '.join(PACKED)}")
                 size += entry.size
                 if size > LARGEST_BYTES:
                     raise UserError(f"{archive}: holds more than {LARGEST_BYTES >> 30} GiB, which no study has")
+                if count > LARGEST_COUNT:
+                    raise UserError(f"{archive}: holds more than {LARGEST_COUNT:,} files, which no study has")
                 tar.extract(entry, out, filter="data")
     except (tarfile.TarError, LZMAError, EOFError) as error:
         raise UserError(f"{archive}: is not a readable archive ({error})") from None
