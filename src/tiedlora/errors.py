@@ -9,10 +9,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import select
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
@@ -114,15 +116,26 @@ def exit_codes() -> Iterator[None]:
         if isinstance(error, OSError) and error.errno == errno.EIO and _is_stop(error.__context__):
             # The terminal has closed, which was the signal to stop. The last line had no reader.
             _end(STOP_MESSAGE, STOPPED)
-        if isinstance(error, OSError) and error.errno in _OS_ERRORS:
-            _end(f"error: {error.filename or 'a file'}: {_OS_ERRORS[error.errno]}, then run the command again", MISTAKE)
+        if (number := _error_number(error)) in _OS_ERRORS:
+            name = getattr(error, "filename", None) or "a file"
+            _end(f"error: {name}: {_OS_ERRORS[number]}, then run the command again", MISTAKE)
         if isinstance(error, FileNotFoundError) and _folder_is_gone():
             _end("error: the present folder is gone; change to one that exists, then run the command again", MISTAKE)
+        if isinstance(error, FileNotFoundError) and traceback.extract_tb(error.__traceback__)[-1].name == "mkdir":
+            # As in /proc, or where disks are mounted when they are asked for.
+            advice = "choose another folder (outputs=, cache= or --out), then run the command again"
+            _end(f"error: {error.filename}: no folder can be made there; {advice}", MISTAKE)
         if not is_out_of_memory(error):
             raise
         # Passes of training and batches of scoring are halved, so memory ran out elsewhere.
         advice = "close other programs, or take a smaller model, tying or rank, or train.dtype=bfloat16"
         _end(f"error: out of memory while loading, at an update or elsewhere; {advice}", MISTAKE)
+
+
+def _error_number(error: Exception) -> int | None:
+    """The errno of an OSError, also of one that a library in Rust (safetensors, tokenizers) has put into words."""
+    in_words = re.search(r"\(os error (\d+)\)", str(error))
+    return int(in_words[1]) if in_words else getattr(error, "errno", None)
 
 
 def _folder_is_gone() -> bool:

@@ -19,6 +19,7 @@ from helpers.forks import forked, killed_after
 from helpers.hostile import snapshot
 from helpers.task_rows import write
 from helpers.tiny import folder_of, losses_of, rows_of, score_more
+from safetensors.torch import save_file
 
 from tiedlora.config.compose import compose_config
 from tiedlora.config.project import PROJECT
@@ -111,6 +112,8 @@ def test_a_folder_that_cannot_be_written_is_said_in_a_line(tiny_run, tmp_path, s
     code, _, err = script("train.py", *tiny_run(f"outputs={tmp_path}/file/outputs"))
     assert code == 2
     assert str(tmp_path / "file") in one_error(err)
+    code, _, err = script("train.py", *tiny_run("outputs=/proc/outputs"))
+    assert (code, one_error(err).startswith("error: /proc/outputs: no folder can be made there")) == (2, True)
 
 
 def tensors(folder: RunFolder) -> bytes:
@@ -322,3 +325,15 @@ class TestWandb:
         assert "Traceback" not in told
         self.finished(config)
         assert list((folder_of(config).path / "wandb").glob("offline-run-*"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_disk_that_a_library_in_rust_finds_full_is_said_in_a_line(tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("mounting is not allowed here")
+    try:
+        code, told = forked(lambda: save_file({"x": torch.zeros(100_000)}, tmp_path / "x.safetensors"))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    assert (code, "the disk is full; make space" in one_error(told)) == (2, True)
