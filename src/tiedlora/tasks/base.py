@@ -13,6 +13,8 @@ from tiedlora.tasks.rows import DataRow, RowError, hub_errors
 
 Score = float | list[float]
 """A number in [0, 1], or the statistics of one output. A corpus-level metric comes from their sum over outputs."""
+_FIELD = re.compile(r"\{(\w+)\}")
+"""A field of the row in a template."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,12 @@ class Task:
         self.config = config
 
     def check_options(self) -> None:
-        """Raises UserError if `task.options` has a key that the task does not have."""
+        """Raises UserError if `task.options` has a key that the task does not have, or all prompts would be equal."""
+        if not _FIELD.search(self.config.prompt):
+            raise UserError(
+                f"task.prompt={self.config.prompt!r:.200}: names no field of a row, so every prompt would be the same; "
+                f"write one in braces, such as {{{next(iter(self.fields), 'question')}}}"
+            )
         for name in self.config.options:
             if name not in self.options:
                 known, kind = ", ".join(self.options) or "none", self.config.kind
@@ -143,4 +150,4 @@ def render(template: str, row: DataRow) -> str:
             raise RowError(f"the template needs the field '{match[1]}', which is missing")
         return str(row[match[1]])
 
-    return re.sub(r"\{(\w+)\}", field_text, template)
+    return _FIELD.sub(field_text, template)
