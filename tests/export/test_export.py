@@ -24,9 +24,11 @@ from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
 from tiedlora.export.folder import ExportOptions, card, to_merged, to_peft
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.scores import RunScores
 from tiedlora.runs import run
 
 RANK, ALPHA = 4, 6.0
+NO_SCORES = RunScores({}, {})
 
 
 def random_adapter(family, spec, ids):
@@ -148,12 +150,12 @@ def test_the_cards_command_is_the_same_run(overrides):
 
 def test_the_card_names_the_chat_template_and_what_was_rounded():
     config, merged = make_config(), ExportOptions("merged", "bfloat16")
-    assert "chat template" not in card(make_record(), config, ExportOptions("hub-card"))
+    assert "chat template" not in card(make_record(), NO_SCORES, config, ExportOptions("hub-card"))
     config.task.chat_template = True
-    text = card(make_record(), config, merged)
+    text = card(make_record(), NO_SCORES, config, merged)
     assert "as one user turn of the tokenizer's chat template" in text
     assert "the part of the update below 1/256 of its weight is lost" in text
     config.model.source = "hub"
     tagged = replace(make_record(), base=replace(make_record().base, revision="step1000"))
-    assert ', revision="step1000")' in card(tagged, config, ExportOptions("hub-card"))
-    assert r"torch 2 \| &lt;b>" in card(make_record({"versions": {"torch": "2 | <b>"}}), config, merged)
+    assert ', revision="step1000")' in card(tagged, NO_SCORES, config, ExportOptions("hub-card"))
+    assert r"torch 2 \| &lt;b>" in card(make_record({"versions": {"torch": "2 | <b>"}}), NO_SCORES, config, merged)

@@ -17,7 +17,7 @@ from tiedlora.sweeps.expand import DecidingOptions, compose_sweep
 from tiedlora.sweeps.staged import run_deciding
 
 WORDS = (
-    *("tying=LoRA,TABuv", "train.lr=1e-3,1e-1", "train.steps=8", "train.validate_every=2"),
+    *("tying=LoRA,TABuv_b0", "train.lr=1e-3,1e-1", "train.steps=8", "train.validate_every=2"),
     "score.metrics=[target_loss]",
 )
 CLAIMS = """
@@ -45,7 +45,7 @@ def swept(tiny_run):
     return compose_sweep(tiny_run(*WORDS))
 
 
-def claims_file(tmp_path, margin: float, rule: str = "better_by", sides=("LoRA", "TABuv")) -> str:
+def claims_file(tmp_path, margin: float, rule: str = "better_by", sides=("LoRA", "TABuv_b0")) -> str:
     path, (method, comparator) = tmp_path / "claims.yaml", sides
     text = CLAIMS.replace("METHOD", method).replace("COMPARATOR", comparator)
     path.write_text(text + f"    {rule}: {margin:.9f}\n")
@@ -99,9 +99,9 @@ def test_an_open_claim_takes_the_seeds_of_its_next_looks_within_the_budget(swept
             done = read_finished(RunFolder(swept.path.parents[1] / run_id))
             losses[choice.configuration, done.record.seed] = done.scores.metrics("validation")["target_loss"].value
     # Half of the first seeds' mean difference as the margin: two seeds are too few to decide, and later looks may.
-    differences = [losses["TABuv", seed] - losses["LoRA", seed] for seed in (0, 1)]
+    differences = [losses["TABuv_b0", seed] - losses["LoRA", seed] for seed in (0, 1)]
     margin = sum(differences) / 4
-    sides = ("LoRA", "TABuv") if margin > 0 else ("TABuv", "LoRA")
+    sides = ("LoRA", "TABuv_b0") if margin > 0 else ("TABuv_b0", "LoRA")
     open_claim = claims_file(tmp_path, abs(margin), sides=sides)
     (swept.path / "plan.json").unlink()
     limited = Here()
@@ -109,7 +109,7 @@ def test_an_open_claim_takes_the_seeds_of_its_next_looks_within_the_budget(swept
     assert limited.goals == []
     assert f"the budget of {runs + 1} runs is spent" in capsys.readouterr().out
     (swept.path / "plan.json").unlink()
-    file = next(swept.path.parents[1].glob("TABuv-*-s0-*/scores/validation.losses.jsonl"))
+    file = next(swept.path.parents[1].glob("TABuv_b0-*-s0-*/scores/validation.losses.jsonl"))
     tested = file.with_name("test.losses.jsonl")  # As after `scripts/score.py RUN --split test`.
     shutil.copy(file, tested)
     put_in_scores(tested, "split", "test")
@@ -120,7 +120,7 @@ def test_an_open_claim_takes_the_seeds_of_its_next_looks_within_the_budget(swept
     assert verdict["look"] > 1
     assert seeds(further) == set(range(2, verdict["seeds"]))
     assert {(cell.config.tying.name, cell.config.seed) for cell in further.cells} == {
-        (name, seed) for name in ("LoRA", "TABuv") for seed in seeds(further)
+        (name, seed) for name in ("LoRA", "TABuv_b0") for seed in seeds(further)
     }
     # A start that finds all runs there has spent as much of its budget.
     (all_runs,) = re.findall(r"(\d+) runs in all", capsys.readouterr().out.rsplit("verdict", 1)[-1])[-1:]

@@ -57,7 +57,7 @@ class TestResume:
         assert "continuing from step 3" in ended[0][1]
         record = folder_of(stopped).finished_record()
         assert (record.training.scored_step, record.training.steps) == (0, 6)
-        assert not load_file(folder_of(stopped).adapter / "adapter.safetensors")["qkv.B"].any(), "as at step 0"
+        assert not load_file(folder_of(stopped).adapter / "adapter.safetensors")["qkv.v"].any(), "as at step 0"
 
     def test_processes_that_find_different_steps_are_refused(self, stopped, monkeypatch):
         def only_the_first_finds_it(rank):
