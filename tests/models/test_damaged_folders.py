@@ -24,7 +24,7 @@ from tiedlora.errors import UserError
 from tiedlora.models import base_model
 from tiedlora.models.base_model import load_base
 from tiedlora.models.identity import known_digest, tokens_digest
-from tiedlora.runs import run, trainer, verify
+from tiedlora.runs import loading, run, verify
 from tiedlora.runs.inputs import SingleSlotCache
 
 CPU = torch.device("cpu")
@@ -317,8 +317,8 @@ def chatting(tiny_config, tmp_path, monkeypatch):
         part.save_pretrained(tmp_path / "model")
 
     def new(*overrides: str):
-        monkeypatch.setattr(trainer, "_BASE", SingleSlotCache())
-        monkeypatch.setattr(trainer, "TOKENS", SingleSlotCache())
+        monkeypatch.setattr(loading, "_BASE", SingleSlotCache())
+        monkeypatch.setattr(loading, "TOKENS", SingleSlotCache())
         folder = f"model.path={tmp_path}/model"
         return tiny_config("model.source=hub", folder, "task.chat_template=true", *overrides)
 
