@@ -124,8 +124,9 @@ def _written_folder(folder: RunFolder, force: bool, world: World) -> Iterator[Ru
             if force and folder.result_file.exists():
                 folder.clear()
             folder.tidy()
-            # Without a result, they are of an adapter that is saved again.
-            shutil.rmtree(folder.scores, ignore_errors=True)
+            if not folder.result_file.exists():
+                # Scores without a result are of an adapter that is saved again.
+                shutil.rmtree(folder.scores, ignore_errors=True)
             folder.error_file.unlink(missing_ok=True)
             folder.pruned_file.unlink(missing_ok=True)
             yield folder
