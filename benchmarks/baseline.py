@@ -1,5 +1,5 @@
 """The baseline: PEFT's LoRA, trained with transformers' Trainer, and scored with transformers' generate or
-generate_batch (continuous batching)."""
+generate_batch (continuous batching). Trainer also trains our TABuv, as a method of PEFT."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import ContinuousBatchingConfig, GenerationConfig, Trainer, TrainerCallback, TrainingArguments
 
+from tiedlora import TiedLoraConfig
 from tiedlora.adapter import TiedAdapter
 from tiedlora.config.schema import Config, TaskConfig
 from tiedlora.data.batching import BatchSampler
@@ -100,12 +101,13 @@ class _InOrderTrainer(_LossTrainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def train(dtype: str, order: str, steps: int, skipped: int, *overrides: str) -> TrainedBaseline:
-    """Train PEFT's LoRA with Trainer, on the same tokens as our training, and from the same initial values.
+def train(dtype: str, order: str, steps: int, skipped: int, *overrides: str, method: str = "lora") -> TrainedBaseline:
+    """Train an adapter of PEFT with Trainer, on the same tokens as our training.
 
     Args:
         order: `plain`, Trainer's random order, or `grouped`, exactly the batches of our length buckets.
         skipped: how many steps at the start are not timed.
+        method: `lora`, PEFT's LoRA from the same initial values as ours, or `tied`, TABuv through TiedLoraConfig.
     """
     config = common.config(f"train.dtype={dtype}", "tying=LoRA_qkv", *overrides)
     base = harness.base_model(config)
@@ -114,7 +116,10 @@ def train(dtype: str, order: str, steps: int, skipped: int, *overrides: str) -> 
     if in_order:
         sampler = BatchSampler([len(row) for row in encoded], config.train, config.seed)
         encoded = [encoded[number] for step in range(1, steps + 1) for number in sampler.rows_of_step(step)]
-    model = peft_lora(base.model, _initial_adapter(config))
+    if method == "tied":
+        model = get_peft_model(base.model, TiedLoraConfig(r=common.RANK, tying="TABuv", task_type="CAUSAL_LM"))
+    else:
+        model = peft_lora(base.model, _initial_adapter(config))
     collator = _Collator(base.tokenizer.eos_token_id)
     clock = _StepClock(skipped, steps)
     with tempfile.TemporaryDirectory() as scratch:
