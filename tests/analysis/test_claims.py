@@ -93,6 +93,11 @@ NAMES = {
     "a configuration of runs": (("on: TABuv", "on: mime"), "method.configuration=mime:", "mine"),
     "a task of runs": (("tasks: []", "tasks: [own_tsk]"), "tasks: own_tsk:", "own_task"),
     "a metric": (("tasks: []", "tasks: {squad: exact}"), "squad has no metric exact; it has drift, exa", "exact_match"),
+    "a key": (
+        ("tasks: []", "tasks: []\n    where: {train.step: 5}"),
+        "where: train.step: is no key that",
+        "train.steps",
+    ),
     "a metric of runs": (("tasks: []", "tasks: {own_task: accurcy}"), "own_task has no metric accurcy;", "accuracy"),
 }
 
@@ -151,6 +156,7 @@ def answers(tmp_path):
     """The answers of the runs in `runs` to one claim."""
 
     def find(method=EIGHT, other="LoRA, at: equal_rank", rule="better_by: 0.0", roots=("runs",)):
+        """`rule` may have more lines of the claim."""
         return report_of_claim(tmp_path, rule, method, f"configuration: {other}", roots=roots).answers
 
     return find
@@ -162,6 +168,21 @@ def add(tmp_path, name, success, changes=None, rank=8, seeds=3):
         draws = np.random.default_rng([seed, len(name)]).random(400)
         ours = (draws < success).astype(float)
         scored_run(tmp_path / "runs", ours, np.zeros(400), name=name, seed=seed, rank=rank, changes=changes)
+
+
+@pytest.mark.parametrize(
+    ("where", "steps"), [("", {50, 100}), ("train.steps: 50", {50}), ("train.steps: 50, model.name: other", set())]
+)
+def test_a_claim_is_asked_only_where_the_runs_have_its_values(tmp_path, answers, where, steps):
+    for changes in ({"config.train.steps": 50}, None):
+        add(tmp_path, "TABuv", 0.5, changes)
+        add(tmp_path, "LoRA", 0.3, changes)
+    found = answers(rule=f"better_by: 0.0\n    where: {{{where}}}")
+    compared = [
+        answer.pair.anchor.runs[0].record.identity.tree["train"]["steps"] for answer in found if answer.pair is not None
+    ]
+    assert set(compared) == steps
+    assert len(compared) == len(steps)
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -17,6 +17,7 @@ from tiedlora.analysis.rules import Plan, Rule
 from tiedlora.analysis.runs import NotComparable
 from tiedlora.config import compose
 from tiedlora.config.explain import options
+from tiedlora.config.identity import identity, leaves
 from tiedlora.config.sizes import is_near
 from tiedlora.config.trial_arm import TrialArm, trained_for
 from tiedlora.errors import UserError
@@ -119,6 +120,9 @@ class _Entry:
     """In the score's unit: 0.02 is two points."""
     level_within: Annotated[StoredNumber, Field(ge=0.001, lt=1)] | None = None
     """A share of the comparator's gain."""
+    where: dict[StoredText, StoredText | StoredNumber | Flag] = field(default_factory=dict)
+    """Configuration keys and the values that runs must have, such as {train.steps: 256}. Without it, every setting of
+    the tasks that was run counts."""
     floor: Arm | None = None
     """The arm whose scores are the zero point of gains; None takes that of the file, or the base model."""
     weakest: Arm | None = None
@@ -196,6 +200,11 @@ class Claim(_Entry):
         """Whether the claim is about the task."""
         return not self.tasks or task in self.tasks
 
+    def covers_setting(self, task: str, identity: Mapping[str, Any]) -> bool:
+        """Whether the claim is about runs of the task with this identity (config.identity.identity)."""
+        values = leaves(identity) if self.where else {}
+        return self.covers(task) and all(values.get(key) == value for key, value in self.where.items())
+
     def metric_on(self, task: str, first: str) -> str:
         """The metric that the claim compares on a task whose first metric is `first`."""
         return self.tasks.get(task) or first
@@ -272,6 +281,9 @@ def check_names(
                 raise UserError(f"{where}: {key}.{own_key}={name}: {RENAMED[name]}")
             if not is_named(name) and name not in known:
                 raise UserError(f"{where}: {key}.{own_key}={name:.80}: {NO_SUCH} tying{nearest(name, known)}")
+        for key in claim.where:
+            if key not in (keys := leaves(identity(compose.compose_config([])))):
+                raise UserError(f"{where}: where: {key:.80}: is no key that decides a run{nearest(key, keys)}")
         for task, metric in claim.tasks.items():
             if task not in tasks:
                 raise UserError(f"{where}: tasks: {task:.80}: {NO_SUCH} task{nearest(task, tasks)}")
@@ -333,7 +345,8 @@ def pairs(claim: Claim, groups: Sequence[RunGroup], splits: Mapping[tuple[str, s
     """
     anchors: dict[str, list[RunGroup]] = {}
     for group in groups:
-        if claim.covers(group.task) and claim.anchor.means(group.arm) and group.rank == claim.anchor.rank:
+        is_anchor = claim.anchor.means(group.arm) and group.rank == claim.anchor.rank
+        if is_anchor and claim.covers_setting(group.task, group.runs[0].record.identity.tree):
             anchors.setdefault(group.setting, []).append(group)
     found: list[Pair | Unpaired] = []
     for alike in anchors.values():

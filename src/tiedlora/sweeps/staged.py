@@ -24,6 +24,7 @@ from tiedlora.analysis.answers import Answer, Verdict, answer_claims
 from tiedlora.analysis.claims import Claim, Pair, Side
 from tiedlora.analysis.groups import group_runs
 from tiedlora.analysis.runs import LeftOut, Run, Scorebook, read_run
+from tiedlora.config.identity import identity
 from tiedlora.config.project import PROJECT
 from tiedlora.config.trial_arm import TrialArm
 from tiedlora.errors import UserError
@@ -322,9 +323,13 @@ def _check_sides(sweep: Sweep, claims: Sequence[Claim]) -> None:
     Raises:
         UserError: naming what the first claim needs, and what the grid has.
     """
-    arms: dict[tuple[str, str], set[TrialArm]] = {}
+    cells: dict[tuple[str, str], list[SweepCell]] = {}
     for cell in sweep.cells:
-        arms.setdefault((cell.config.model.name, cell.config.task.name), set()).add(cell.arm)
+        cells.setdefault((cell.config.model.name, cell.config.task.name), []).append(cell)
+
+    def arms(claim: Claim, cells: list[SweepCell]) -> set[TrialArm]:
+        """The arms of those cells that the claim is about."""
+        return {cell.arm for cell in cells if claim.covers_setting(cell.config.task.name, identity(cell.config))}
 
     def has(side: Side, claim: Claim, own: set[TrialArm]) -> bool:
         """Whether a side is among the arms of one model and task."""
@@ -337,11 +342,9 @@ def _check_sides(sweep: Sweep, claims: Sequence[Claim]) -> None:
         return [claim.method, claim.comparator, *([claim.floor] if claim.floor and claim.rule.needs_zero else [])]
 
     if not any(
-        claim.covers(task) and all(has(side, claim, own) for side in needed(claim))
-        for claim in claims
-        for (_, task), own in arms.items()
+        all(has(side, claim, arms(claim, own)) for side in needed(claim)) for claim in claims for own in cells.values()
     ):
-        first, names = claims[0], sorted({f"{arm.label} r={arm.rank}" for own in arms.values() for arm in own})
+        first, names = claims[0], sorted({f"{cell.arm.label} r={cell.arm.rank}" for cell in sweep.cells})
         raise UserError(
             f"hydra.sweeper.claims: no claim has both its sides in the grid; {first.name!r:.80} needs "
             f"{' and '.join(map(str, needed(first)))}, and the grid has {', '.join(names)}; add the missing axis, such "
