@@ -10,14 +10,14 @@ from pathlib import Path
 SRC = Path(__file__).parents[1] / "src"
 HOUSE = SRC / "tiedlora"
 ORDER = (
-    *("sweeps", "page", "runs", "scoring", "export", "analysis", "training", "tracking"),
+    *("__main__", "commands", "sweeps", "page", "runs", "scoring", "export", "analysis", "training", "tracking"),
     *("data", "models", "tasks", "records", "config", "adapter"),
     # The modules of tiedlora itself. They import no package.
     *("other_methods", "families", "tying", "description", "reading", "keys", "text", "storage", "errors"),
 )
 """From top to bottom: a package may import what stands after it. CONTRIBUTING.md lists the packages in this order."""
-HYDRA_ROOMS = ("sweeps", "config")
-NO_TORCH = ("sweeps", "page", "analysis", "records", "config", "tasks", "tracking")
+HYDRA_ROOMS = ("commands", "sweeps", "config")
+NO_TORCH = ("commands", "sweeps", "page", "analysis", "records", "config", "tasks", "tracking")
 WITHOUT_TORCH = ("runs.run", "runs.inputs", "analysis.metrics", "scoring.wanted", "models.identity")
 """Modules of other packages that must import no torch either."""
 TRACKERS = {("tracking", name) for name in ("wandb", "trackio", "mlflow")}

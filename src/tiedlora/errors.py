@@ -64,6 +64,8 @@ STOPPED = 75
 CLOSED_PIPE = 141
 """What a shell reports for a program that SIGPIPE ended."""
 STOP_MESSAGE = "stopped; the same command continues, from the newest checkpoint if there is one"
+CONSOLE = "tiedlora"
+"""The console command. It makes `tiedlora NAME` the name of the program (sys.argv[0])."""
 LONGEST_MESSAGE = 2000
 """Most characters of a message that are printed. Some messages quote a file, which may have any length."""
 SECONDS_TO_LEAVE_A_DESTRUCTOR = 0.1
@@ -80,6 +82,13 @@ _OS_ERRORS = {
     errno.ENAMETOOLONG: "the path is too long; choose a shorter one (outputs= or --out)",
     errno.EROFS: "the file system is read-only; choose another folder (outputs= or --out)",
 }
+
+
+def as_called(text: str) -> str:
+    """The text with all commands named as the present one was called: `tiedlora score` or `scripts/score.py`."""
+    if not sys.argv[0].startswith(f"{CONSOLE} "):
+        return text
+    return re.sub(r"(?:python\s+)?(?:scripts/(\w+)|(train))\.py\b", rf"{CONSOLE} \1\2", text)
 
 
 @contextmanager
@@ -107,7 +116,7 @@ def exit_codes() -> Iterator[None]:
         _flush(sys.stdout, "")
         raise
     except UserError as error:
-        _end(f"error: {error}", MISTAKE)
+        _end(f"error: {as_called(str(error))}", MISTAKE)
     except StoppedEarly:
         _end("stopped with a checkpoint; the same command continues from it", STOPPED)
     except KeyboardInterrupt:

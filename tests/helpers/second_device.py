@@ -26,11 +26,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiedlora
-from tiedlora.config.project import PROJECT
 
 NAME = "second"
 CPU = torch.device("cpu")
-OWN_CODE = (str(Path(tiedlora.__file__).parent), str(PROJECT / "scripts"), str(PROJECT / "train.py"))
+OWN_CODE = str(Path(tiedlora.__file__).parent)
 aten = torch.ops.aten
 NEED_VALUES = {
     "_local_scalar_dense": "item",

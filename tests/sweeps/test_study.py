@@ -213,8 +213,8 @@ def test_a_signal_that_stops_a_study_lets_its_sweep_save_a_checkpoint(tiny_run):
     words = tiny_run("seed=0", "train.steps=100000", "train.checkpoint_every=100000", "train.validate_every=0")
     (cell,) = compose_sweep(words).cells
     code = (
-        "import runpy, sys; from pathlib import Path; run = runpy.run_path('scripts/study.py')['run_until_stopped']; "
-        "sys.exit(run([sys.executable, 'train.py', '--multirun', *sys.argv[1:]]))"
+        "import sys; from tiedlora.commands.study import run_until_stopped; "
+        "sys.exit(run_until_stopped([sys.executable, 'train.py', '--multirun', *sys.argv[1:]]))"
     )
     with processes.started([sys.executable, "-c", code, *words], cwd=PROJECT) as command:
         wait_until(cell.folder.metrics_file.exists)

@@ -3,7 +3,6 @@
 import codecs
 import datetime
 import hashlib
-import importlib
 import json
 import math
 import zipfile
@@ -14,6 +13,7 @@ from helpers.task_rows import FIVE, GOOD, one_example, task_option
 from helpers.tiny import task_option as compose_task
 
 from tiedlora import storage
+from tiedlora.commands.fetch_data import main as fetch
 from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import SPLITS
 from tiedlora.errors import UserError
@@ -22,15 +22,8 @@ from tiedlora.tasks.generated import worked_sum
 from tiedlora.tasks.rows import DataRow
 
 
-@pytest.fixture
-def fetch(monkeypatch):
-    """The main function of scripts/fetch_data.py."""
-    monkeypatch.syspath_prepend(str(PROJECT / "scripts"))
-    return importlib.import_module("fetch_data").main
-
-
 @pytest.mark.parametrize("kind", FIVE)
-def test_a_missing_source_and_a_fetch_without_the_hub_are_one_line_with_three_ways(kind, fetch, tmp_path):
+def test_a_missing_source_and_a_fetch_without_the_hub_are_one_line_with_three_ways(kind, tmp_path):
     with pytest.raises(UserError, match=r"Three ways .*fetch_data.*data_root=FOLDER") as missing:
         load_examples(task_option(kind), "train", str(tmp_path))
     with pytest.raises(UserError, match=f"task={kind}: .* cannot be loaded .*Three ways") as unreachable:
@@ -39,7 +32,7 @@ def test_a_missing_source_and_a_fetch_without_the_hub_are_one_line_with_three_wa
     assert not (tmp_path / "data").exists()
 
 
-def test_fetch_writes_what_training_reads(fetch, tmp_path, monkeypatch):
+def test_fetch_writes_what_training_reads(tmp_path, monkeypatch):
     more = {"asked": datetime.date(2026, 1, 2), "weight": math.nan}
     monkeypatch.setattr(Task, "hub_rows", lambda self, split: [DataRow("hub", {**GOOD["squad"], **more})])
     fetch(["task=squad", f"data_root={tmp_path}"])
@@ -47,7 +40,7 @@ def test_fetch_writes_what_training_reads(fetch, tmp_path, monkeypatch):
     assert example == replace(one_example("squad", GOOD["squad"]), id="q1", cluster="Rome")
 
 
-def test_fetch_picks_the_rows_of_a_study_in_their_order(fetch, tmp_path, monkeypatch):
+def test_fetch_picks_the_rows_of_a_study_in_their_order(tmp_path, monkeypatch):
     listed = json.loads((PROJECT / "studies" / "rows" / "squad.json").read_text())
     names = {split: [hashlib.sha256(f"{split}{i}".encode()).hexdigest()[:12] for i in (2, 0)] for split in SPLITS}
     (tmp_path / "rows.json").write_text(json.dumps({**listed, "splits": names}))

@@ -1,6 +1,6 @@
 """The life of one run. `python train.py` goes through four files:
 
-1. train.py           composes the configuration;
+1. commands/train.py  composes the configuration;
 2. run.py             a finished run is checked and printed, any other is carried out;
 3. trainer.py         load, train, save, score, record; in several processes the first one writes;
 4. training/loop.py   the steps.
