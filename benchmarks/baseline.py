@@ -77,7 +77,7 @@ class _StepClock(TrainerCallback):  # type: ignore[misc]
         self.skipped, self.steps = skipped, steps
         self.times: list[float] = []
 
-    def on_step_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, arguments: Any, state: Any, _control: Any, **_: Any) -> None:
         if state.global_step in (self.skipped, self.steps):
             harness.wait_for(arguments.device)
             self.times.append(time.perf_counter())

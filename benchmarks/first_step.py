@@ -45,14 +45,23 @@ def loss(attached: Attached, batches: list[Batch]) -> float:
 def drop(configuration: str, overrides: list[str], lr: float, seed: int) -> float:
     """The loss before the first step, less that after it."""
     config = common.config(
-        *("task=chain_sum", f"tying={configuration}", "train.dtype=float32", f"train.lr={lr}", f"seed={seed}"),
+        "task=chain_sum",
+        f"tying={configuration}",
+        "train.dtype=float32",
+        f"train.lr={lr}",
+        f"seed={seed}",
         *overrides,
     )
     base, rank = harness.base_model(config), config.rank
     encoded = harness.training_rows(config, base)[:ROWS]
     batches = microbatches(encoded, base.tokenizer.eos_token_id, tokens=common.PASS_TOKENS)
     adapter = TiedAdapter(
-        config.tying, rank.r, rank.alpha or rank.r, config.model.architecture, config.seed, rank.scaling
+        config.tying,
+        rank.r,
+        rank.alpha or rank.r,
+        config.model.architecture,
+        seed=config.seed,
+        scaling=rank.scaling,
     )
     attached = attach_adapter(base.model, adapter)
     optimizer = build_optimizer(adapter.parameter_groups(config.train.lr_factor), config.train)

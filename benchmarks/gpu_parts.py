@@ -27,9 +27,16 @@ if TYPE_CHECKING:
 
 LARGE = (
     # The blocks of Llama-3.2-1B, 14 of 16. Random models have at most 1e9 parameters, and one token for each byte.
-    *("model=tiny_llama", "model.name=random/llama-0.99B", "model.context=2048", "model.architecture.hidden=2048"),
-    *("model.architecture.layers=14", "model.architecture.heads=32", "model.architecture.kv_heads=8"),
-    *("model.architecture.head_dim=64", "model.architecture.intermediate=8192", "model.architecture.vocabulary=32000"),
+    "model=tiny_llama",
+    "model.name=random/llama-0.99B",
+    "model.context=2048",
+    "model.architecture.hidden=2048",
+    "model.architecture.layers=14",
+    "model.architecture.heads=32",
+    "model.architecture.kv_heads=8",
+    "model.architecture.head_dim=64",
+    "model.architecture.intermediate=8192",
+    "model.architecture.vocabulary=32000",
 )
 VARIANTS = {
     "compiled": ("train.compile=always",),
@@ -82,8 +89,12 @@ FULL = Plan(
 REHEARSAL = Plan(
     models={"tiny Llama": ("model=tiny_llama",)},
     common=(
-        *("task=chain_sum", "task.options.rows={train: 40, validation: 12, test: 12}", "task.rows.validation=null"),
-        *("task.max_new_tokens=6", "train.batch_size=4", "train.microbatch_tokens=512"),
+        "task=chain_sum",
+        "task.options.rows={train: 40, validation: 12, test: 12}",
+        "task.rows.validation=null",
+        "task.max_new_tokens=6",
+        "train.batch_size=4",
+        "train.microbatch_tokens=512",
     ),
     skipped=2,
     timed=3,
@@ -245,14 +256,14 @@ def peft(plan: Plan, model: str, order: str) -> dict[str, Any]:
     return {**figures, "losses": [], "tokens_per_s": figures["tokens"] / figures["seconds"]}
 
 
-def losses(plan: Plan, positions: int, hidden_size: int, vocabulary: int) -> dict[str, Any]:
+def losses(_plan: Plan, positions: int, hidden_size: int, vocabulary: int) -> dict[str, Any]:
     """Our loss, torch's on whole logits, and liger's fused one: forward and backward in bfloat16, the head frozen."""
     import harness
     import torch
     from torch.nn import functional as F
 
     from tiedlora.models.device import resolve_device
-    from tiedlora.training.loss import _TokenLosses
+    from tiedlora.training.loss import _Head, _TokenLosses
 
     device = resolve_device("auto")
     torch.manual_seed(0)
@@ -260,7 +271,7 @@ def losses(plan: Plan, positions: int, hidden_size: int, vocabulary: int) -> dic
     weight = (torch.randn(vocabulary, hidden_size) / hidden_size**0.5).to(device, torch.bfloat16)
     labels = torch.randint(vocabulary, (positions,)).to(device)
     ways: dict[str, Callable[[], torch.Tensor]] = {
-        "ours": lambda: _TokenLosses.apply(hidden, weight, None, labels, None).sum(),
+        "ours": lambda: _TokenLosses.apply(hidden, _Head(weight, None, None), labels).sum(),
         "torch, whole logits": lambda: F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum"),
     }
     figures: dict[str, Any] = {}

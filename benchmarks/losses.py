@@ -43,7 +43,7 @@ TEXT = "\n\n".join((PROJECT / name).read_text() for name in ("LICENSE", "CONTRIB
 """A text that has nothing to do with sums."""
 
 
-def train(tying: str, seed: int, steps: int, rows: int, characters: int, outputs: Path) -> RunFolder:
+def train(tying: str, seed: int, outputs: Path, *, steps: int, rows: int, characters: int) -> RunFolder:
     """Train and score one run.
 
     Args:
@@ -54,10 +54,20 @@ def train(tying: str, seed: int, steps: int, rows: int, characters: int, outputs
     neutral.write_text(TEXT[:characters])
     config = compose_config(
         [
-            *(f"tying={tying}", f"seed={seed}", "task=chain_sum", "train=quick", f"train.steps={steps}"),
-            *(f"task.rows.validation={rows}", "train.dtype=float32", f"train.warmup_steps={min(5, steps)}"),
-            *("train.batch_size=4", "train.validation_rows=2", "score.metrics=[target_loss]", "tracking=none"),
-            *(f"score.forgetting={neutral}", f"outputs={outputs}"),
+            f"tying={tying}",
+            f"seed={seed}",
+            "task=chain_sum",
+            "train=quick",
+            f"train.steps={steps}",
+            f"task.rows.validation={rows}",
+            "train.dtype=float32",
+            f"train.warmup_steps={min(5, steps)}",
+            "train.batch_size=4",
+            "train.validation_rows=2",
+            "score.metrics=[target_loss]",
+            "tracking=none",
+            f"score.forgetting={neutral}",
+            f"outputs={outputs}",
         ]
     )
     run.main(config)
@@ -180,7 +190,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as outputs:
         for tying in ("LoRA", "TABuv"):
             for seed in arguments.seeds:
-                folder = train(tying, seed, arguments.steps, arguments.rows, arguments.characters, Path(outputs))
+                sizes = {"steps": arguments.steps, "rows": arguments.rows, "characters": arguments.characters}
+                folder = train(tying, seed, Path(outputs), **sizes)
                 for name, found in differences(folder).items():
                     numbers = ", ".join(f"{key} {value:.1e}" for key, value in vars(found).items())
                     print(f"{tying} seed {seed} {name}, difference: {numbers}")

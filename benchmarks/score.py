@@ -70,7 +70,7 @@ def ours(
 
 
 def theirs(
-    folder: Path, run_config: Config, base: BaseModel, encoder: Encoder, examples: list[Example], continuous: bool
+    folder: Path, run_config: Config, base: BaseModel, encoder: Encoder, examples: list[Example], *, continuous: bool
 ) -> tuple[list[str], int]:
     import baseline
     from peft import PeftModel

@@ -38,10 +38,17 @@ WORDS = (
     "tying=LoRA,TABuv_b0,TAB",
     "train.lr=1e-4,3e-4,1e-3,3e-3,1e-2,3e-2,1e-1",
     "seed=0,1,2",
-    *("train.steps=32", "train.batch_size=4", "train.warmup_steps=4", "train.validate_every=8"),
-    *("train.checkpoint_every=32", "train.validation_rows=24", "train.threads=1", "train.compile=never"),
+    "train.steps=32",
+    "train.batch_size=4",
+    "train.warmup_steps=4",
+    "train.validate_every=8",
+    "train.checkpoint_every=32",
+    "train.validation_rows=24",
+    "train.threads=1",
+    "train.compile=never",
     # Sums of two terms: short rows.
-    *("task.options.parameters.max_terms=2", "score.splits=[]"),
+    "task.options.parameters.max_terms=2",
+    "score.splits=[]",
 )
 FULL_SEEDS = 5
 LARGEST_SHARE = 0.30

@@ -239,7 +239,35 @@ def worst(outcomes: Sequence[Outcome], how_many: int) -> list[tuple[str, World]]
     return found
 
 
-def main() -> None:
+def show_boundaries(grid: Sequence[Outcome], settings: int, draws: int) -> None:
+    """For each rule and plan, the largest share of wrong verdicts of all settings."""
+    print(f"## Wrong verdicts at the boundary, %: the largest of {settings} settings, {draws:,} populations each\n")
+    names = list(dict.fromkeys(o.rule for o in grid))
+    plans = [*PLANS, UNPLANNED]
+    rows = []
+    for rule in names:
+        highest = [max(o.wrong for o in grid if (o.rule, o.plan) == (rule, plan)) for plan in plans]
+        rows.append([rule, *(f"{100 * wrong:.1f}" for wrong in highest)])
+    print(common.table(["rule", *plans], rows))
+    print(
+        f"\nOne figure is known to within {200 * math.sqrt(0.05 * 0.95 / draws):.1f} (95 %); the largest is too large."
+    )
+
+
+def show_futility(stopping: Sequence[Futility], plans: int) -> None:
+    """What stopping for futility saves in seeds, and costs in verdicts."""
+    print(f"\n## Stopping for futility, retains 0.9, {plans} plans each\n")
+    rows = []
+    for found in stopping:
+        setting = [f"{found.retained:g}", *in_words(found.world), f"{found.threshold:g}"]
+        seeds = [f"{found.seeds:.1f}", f"{found.seeds_without:.1f}"]
+        rows.append([*setting, f"{100 * found.stopped:.0f}", f"{100 * found.lost:.1f}", *seeds])
+    header = ["retained", *SETTING, "threshold", "stopped, %", "verdicts lost, %", "seeds", "seeds without"]
+    print(common.table(header, rows))
+
+
+def read_options() -> argparse.Namespace:
+    """The options of the command line."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--draws", type=int, default=2500, help="populations of each setting of the grid")
     arguments.add_argument("--worst", type=int, default=1, help="settings of each rule that are measured again")
@@ -248,7 +276,11 @@ def main() -> None:
     arguments.add_argument("--processes", type=int, default=2)
     arguments.add_argument("--quick", action="store_true", help="200 rows only, and few populations")
     arguments.add_argument("--json", type=Path)
-    options = arguments.parse_args()
+    return arguments.parse_args()
+
+
+def main() -> None:
+    options = read_options()
     draws, worst_draws, futility_draws = options.draws, options.worst_draws, options.futility_draws
     settings = list(worlds())
     if options.quick:
@@ -264,16 +296,7 @@ def main() -> None:
 
     grid = run_all([at_boundaries(world, draws) for world in settings], options.processes)
     keep("grid", grid)
-    print(
-        f"## Wrong verdicts at the boundary, %: the largest of {len(settings)} settings, {draws:,} populations each\n"
-    )
-    names = list(dict.fromkeys(o.rule for o in grid))
-    plans = [*PLANS, UNPLANNED]
-    highest = {(r, p): max(o.wrong for o in grid if (o.rule, o.plan) == (r, p)) for r in names for p in plans}
-    print(common.table(["rule", *plans], [[r, *(f"{100 * highest[r, p]:.1f}" for p in plans)] for r in names]))
-    print(
-        f"\nOne figure is known to within {200 * math.sqrt(0.05 * 0.95 / draws):.1f} (95 %); the largest is too large."
-    )
+    show_boundaries(grid, len(settings), draws)
 
     # Other seeds than the grid's: the worst of many is partly chance, and must not be measured on the same draws.
     again = [at_boundaries(world, worst_draws, rule, seed=1) for rule, world in worst(grid, options.worst)]
@@ -294,21 +317,12 @@ def main() -> None:
     print(f"\n## Power: supported / contradicted in %, {draws:,} populations each\n")
     print(by_plan(power, lambda o: f"{100 * o.supported:.0f} / {100 * o.contradicted:.0f}"))
 
-    print(f"\n## Stopping for futility, retains 0.9, {futility_draws} plans each\n")
     stopped = [(world, retained) for world in strong[1::2] for retained in (1.0, 0.9, 0.7)]
     with concurrent.futures.ProcessPoolExecutor(options.processes) as pool:
         calls = [pool.submit(futility, world, retained, futility_draws) for world, retained in stopped]
         stopping = [found for call in calls for found in call.result()]
     keep("futility", stopping)
-    rows = [
-        [
-            *(f"{f.retained:g}", *in_words(f.world), f"{f.threshold:g}", f"{100 * f.stopped:.0f}"),
-            *(f"{100 * f.lost:.1f}", f"{f.seeds:.1f}", f"{f.seeds_without:.1f}"),
-        ]
-        for f in stopping
-    ]
-    header = ["retained", *SETTING, "threshold", "stopped, %", "verdicts lost, %", "seeds", "seeds without"]
-    print(common.table(header, rows))
+    show_futility(stopping, futility_draws)
     print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes, {options.processes} processes")
 
 

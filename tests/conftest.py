@@ -43,7 +43,7 @@ from tiedlora.runs import run
 from tiedlora.training.signals import SIGNALS
 
 # No test cuts the power. To wait for the disk at each of a run's forty flushes would take longer than its training.
-os.fsync = lambda descriptor: None
+os.fsync = lambda _descriptor: None
 
 # absl, which rouge-score imports, keeps the stream that standard error is at its import, and closes it when Hydra sets
 # up logging. Under pytest that would be the file that captures all output.
@@ -129,10 +129,21 @@ def tiny_run(tmp_path: Path):
     def overrides(*more: str, task: str = "chain_sum") -> list[str]:
         rows = ["task.options.rows={train: 40, validation: 12, test: 12}"] if task == "chain_sum" else []
         return [
-            *("model=tiny_llama", f"task={task}", *rows, "task.rows.validation=null", "task.max_new_tokens=6"),
-            *("train.steps=6", "train.batch_size=4", "train.warmup_steps=2", "train.validate_every=3"),
-            *("train.checkpoint_every=2", "train.dtype=float32", "train.threads=1"),
-            *(f"outputs={tmp_path}/outputs", f"cache={tmp_path}/cache", *more),
+            "model=tiny_llama",
+            f"task={task}",
+            *rows,
+            "task.rows.validation=null",
+            "task.max_new_tokens=6",
+            "train.steps=6",
+            "train.batch_size=4",
+            "train.warmup_steps=2",
+            "train.validate_every=3",
+            "train.checkpoint_every=2",
+            "train.dtype=float32",
+            "train.threads=1",
+            f"outputs={tmp_path}/outputs",
+            f"cache={tmp_path}/cache",
+            *more,
         ]
 
     return overrides

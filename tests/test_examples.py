@@ -13,12 +13,12 @@ NEEDS_MORE = {"trl_grpo.py"}
 """They need a package or a model that no test has."""
 
 
-def test_all_of_them_are_here():
+def test_every_example_is_tested_or_needs_more():
     assert {*EXAMPLES, *NEEDS_MORE} == {path.name for path in (PROJECT / "examples").glob("*.py")}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_it_runs(name, tmp_path, script):
+def test_an_example_runs_and_says_what_it_shows(name, tmp_path, script):
     words, says = EXAMPLES[name]
     code, out, _ = script(f"examples/{name}", *(word.format(folder=tmp_path) for word in words))
     assert code == 0

@@ -82,7 +82,7 @@ def test_layers_are_numbers_and_ranges():
 def test_specifications_that_cannot_train_are_refused(change, says):
     architecture = Architecture(layers=4, hidden=1, heads=1, kv_heads=1, head_dim=1)
     with pytest.raises(UserError, match=says):
-        check_specification(replace(Tying(), **change), 1, 1.0, architecture, 0, "standard")
+        check_specification(replace(Tying(), **change), 1, 1.0, architecture, seed=0, scaling="standard")
 
 
 class TestEvenlySpacedLayers:

@@ -14,6 +14,7 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+from typing_extensions import override
 
 from tiedlora.sweeps.expand import DecidingOptions, SearchOptions, expand, read_options
 from tiedlora.sweeps.launchers import launcher_of
@@ -27,6 +28,7 @@ class ResumingSweeper(Sweeper):
     def __init__(self, **options: Any) -> None:
         """The options are read from the configuration (sweeps/expand.py), as scripts read them too."""
 
+    @override
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Store what the sweep needs. Cells are carried out by workers, and not by the task function."""
         self.hydra_context, self.config = hydra_context, config

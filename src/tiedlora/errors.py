@@ -41,9 +41,15 @@ class Paused(StoppedEarly):
 
 
 _NO_MEMORY = (
-    *("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc"),
-    # While libraries are imported; the last is Python's own.
-    *("failed to map segment", "Cannot allocate memory", "error return without exception set"),
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "ALLOC_FAILED",
+    "bad_alloc",
+    # While libraries are imported.
+    "failed to map segment",
+    "Cannot allocate memory",
+    "error return without exception set",  # Python's own
     "could not create a primitive",  # a product of oneDNN
 )
 
@@ -101,10 +107,7 @@ def exit_codes() -> Iterator[None]:
     # A log line whose reader has ended is lost without a traceback.
     logging.raiseExceptions = False
     sys.unraisablehook = _send_again
-    for name in ("stdout", "stderr"):
-        # Python gives a stream that the shell has closed (>&-) no object, and Hydra writes to it.
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    _replace_closed_streams()
     try:
         yield
         sys.stdout.flush()
@@ -125,20 +128,34 @@ def exit_codes() -> Iterator[None]:
         if isinstance(error, OSError) and error.errno == errno.EIO and _is_stop(error.__context__):
             # The terminal has closed, which was the signal to stop. The last line had no reader.
             _end(STOP_MESSAGE, STOPPED)
-        if (number := _error_number(error)) in _OS_ERRORS:
-            name = getattr(error, "filename", None) or "a file"
-            _end(f"error: {name}: {_OS_ERRORS[number]}, then run the command again", MISTAKE)
-        if isinstance(error, FileNotFoundError) and _folder_is_gone():
-            _end("error: the present folder is gone; change to one that exists, then run the command again", MISTAKE)
-        if isinstance(error, FileNotFoundError) and traceback.extract_tb(error.__traceback__)[-1].name == "mkdir":
-            # As in /proc, or where disks are mounted when they are asked for.
-            advice = "choose another folder (outputs=, cache= or --out), then run the command again"
-            _end(f"error: {error.filename}: no folder can be made there; {advice}", MISTAKE)
-        if not is_out_of_memory(error):
+        if (problem := _of_the_machine(error)) is None:
             raise
+        _end(f"error: {problem}", MISTAKE)
+
+
+def _replace_closed_streams() -> None:
+    """Python gives a stream that the shell has closed (>&-) no object, and Hydra writes to it."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """What is wrong with a disk, a folder or the memory, and what to do; None if the error is a bug."""
+    if (number := _error_number(error)) in _OS_ERRORS:
+        name = getattr(error, "filename", None) or "a file"
+        return f"{name}: {_OS_ERRORS[number]}, then run the command again"
+    if isinstance(error, FileNotFoundError) and _folder_is_gone():
+        return "the present folder is gone; change to one that exists, then run the command again"
+    if isinstance(error, FileNotFoundError) and traceback.extract_tb(error.__traceback__)[-1].name == "mkdir":
+        # As in /proc, or where disks are mounted when they are asked for.
+        advice = "choose another folder (outputs=, cache= or --out), then run the command again"
+        return f"{error.filename}: no folder can be made there; {advice}"
+    if is_out_of_memory(error):
         # Passes of training and batches of scoring are halved, so memory ran out elsewhere.
         advice = "close other programs, or take a smaller model, tying or rank, or train.dtype=bfloat16"
-        _end(f"error: out of memory while loading, at an update or elsewhere; {advice}", MISTAKE)
+        return f"out of memory while loading, at an update or elsewhere; {advice}"
+    return None
 
 
 def _error_number(error: Exception) -> int | None:

@@ -28,10 +28,9 @@ _SEPARATE = Layout(
 )
 
 FAMILIES: dict[str, Layout] = {
-    **{
-        family: _SEPARATE
-        for family in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3")
-    },
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3"), _SEPARATE
+    ),
     "gpt2": Layout(
         layers="transformer.h",
         sites={**_fused("attn.c_attn"), "o": ["attn.c_proj"], "up": ["mlp.c_fc"], "down": ["mlp.c_proj"]},

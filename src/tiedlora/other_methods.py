@@ -27,8 +27,14 @@ SEED_ARGUMENTS = ("projection_prng_key", "projection_seed", "proj_seed", "random
 """PEFT's names for the seed of a method's frozen random parts. The run's seed is taken, unless the user sets one: with
 PEFT's defaults, all seeds of a comparison would share the same random parts."""
 NOT_ARGUMENTS = (
-    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "runtime_config"),
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "runtime_config",
 )
 """Fields of PEFT's configurations that say nothing about the method."""
 REFUSED = {
@@ -128,11 +134,12 @@ def peft_classes() -> dict[str, type[Any]]:
         from peft.tuners.tuners_utils import BaseTuner  # noqa: PLC0415
     except ImportError:
         raise UserError("tying.method: needs PEFT; install it with pip install 'tiedlora[peft]'") from None
-    return {
-        kind.__name__: kind
-        for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()
-        if inspect.isclass(tuner := PEFT_TYPE_TO_TUNER_MAPPING.get(name)) and issubclass(tuner, BaseTuner)
-    }
+    found: dict[str, type[Any]] = {}
+    for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(name)
+        if inspect.isclass(tuner) and issubclass(tuner, BaseTuner):
+            found[kind.__name__] = kind
+    return found
 
 
 def peft_config(tying: TyingConfig, architecture: Architecture, seed: int) -> Any:

@@ -155,6 +155,8 @@ class Tying(Parts):
 
 @dataclass
 class LrFactors:
+    """`train.lr_factor`: what multiplies the learning rate of each part."""
+
     A: Rate = 1.0
     """Multiplies the learning rate of A."""
     B: Rate = 1.0

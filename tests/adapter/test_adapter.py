@@ -214,7 +214,12 @@ def test_saving_keeps_the_other_files_of_a_folder(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     for _ in range(2):
         size = attached.save_pretrained(tmp_path)
-        assert {p.name for p in tmp_path.iterdir()} == {*("data", "thesis.tex", "adapter.json", "adapter.safetensors")}
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "data",
+            "thesis.tex",
+            "adapter.json",
+            "adapter.safetensors",
+        }
     assert size == sum((tmp_path / name).stat().st_size for name in ("adapter.json", "adapter.safetensors"))
     assert (tmp_path / "thesis.tex").read_text() == "mine"
 

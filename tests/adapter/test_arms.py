@@ -27,12 +27,12 @@ from tiedlora.tying import LrFactors
 # sizes of SmolLM2-135M.
 TOO_LARGE = ("c3a", "c3a_l16", "road", "boft_l10", "delora_l17", "dora_kv24", "loha_l9", "randlora_l17", "vblora")
 REAL_SIZES = ("model=smollm2_135m", "model.source=random", "model.name=random")
-ARMS = [
-    pytest.param(name, model, marks=[pytest.mark.slow] if model is REAL_SIZES else [])
-    for name in options("tying")
-    if name.startswith("peft/")
-    for model in [REAL_SIZES if name.removeprefix("peft/") in TOO_LARGE else ("model=tiny_llama",)]
-]
+ARMS = []
+for name in options("tying"):
+    if name.removeprefix("peft/") in TOO_LARGE:
+        ARMS.append(pytest.param(name, REAL_SIZES, marks=pytest.mark.slow))
+    elif name.startswith("peft/"):
+        ARMS.append(pytest.param(name, ("model=tiny_llama",)))
 SMALLER = {"peft/miss": ("tying.arguments.r=8",)}
 ROWS = [[(7 * i + j * j) % 200 for i in range(30)] for j in range(4)]
 

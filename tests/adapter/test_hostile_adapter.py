@@ -55,7 +55,7 @@ def changed(**tensors):
 TENSORS = {  # the changed adapter.safetensors, and words of the message
     "cut in the values": (lambda data: data[:-4], "is not a readable safetensors file"),
     "a header as long as memory": (lambda data: struct.pack("<Q", 2**62) + data[8:], "is not a readable"),
-    "a pickle": (lambda data: pickle.dumps({"qkv.A": Evil()}), "is not a readable safetensors file"),
+    "a pickle": (lambda _data: pickle.dumps({"qkv.A": Evil()}), "is not a readable safetensors file"),
     "another shape": (changed(**{"qkv.u": torch.ones(3, 5)}), "(3, 5), expected torch.float32 (3, 4)"),
     "half precision": (changed(**{"qkv.u": torch.ones(3, 4).half()}), "qkv.u is torch.float16 (3, 4), expected"),
     "a missing part": (changed(**{"qkv.u": None}), "qkv.u is missing, expected torch.float32 (3, 4)"),

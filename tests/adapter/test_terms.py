@@ -108,7 +108,7 @@ def test_a_budget_finds_the_rank_of_a_sum(script):
 def test_gradients_are_those_of_a_literal_loop():
     """Of sum_l <G_l, W_l> with W_l the sum of the terms' s diag(v_l) B diag(u_l) A, written out layer by layer."""
     architecture = model_option("tiny_llama").architecture
-    adapter = TiedAdapter(tying.named("RaSA"), 4, 6.0, architecture, 0).double()
+    adapter = TiedAdapter(tying.named("RaSA"), 4, 6.0, architecture, seed=0).double()
     randomise(adapter)
     layers, (d_in, d_out) = architecture.layers, tying.target_shape(architecture, "qkv")
     G = torch.randn(layers, d_out, d_in, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -138,7 +138,14 @@ def test_a_seed_without_the_split_is_missing_not_filled_in(tmp_path):
 def recorded(root, sweep, lr, lrs, runs):
     """The group of the report, after a sweep has recorded a choice among these rates, with these runs at the chosen."""
     choice = RateChoice(
-        *("tiny", "chain_sum", "TABuv", 8, lr, lrs, "validation/loss", 1.0),
+        "tiny",
+        "chain_sum",
+        "TABuv",
+        8,
+        lr,
+        lrs,
+        "validation/loss",
+        1.0,
         seeds=len(runs),
         trials=len(runs) * len(lrs),
         failed=0,

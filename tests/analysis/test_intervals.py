@@ -125,7 +125,7 @@ class TestSeedsAndRows:
         assert abs(found.low) < 1e-8 * (found.high - found.low)
         assert level_above(-values) == 1.0
 
-    def test_constant_tables(self):
+    def test_a_table_of_one_number_is_above_zero_or_is_zero_itself(self):
         assert level_above(np.full((3, 5), 0.3)) == 0.0
         # A contrast of equal scores: 1 - 0.9 - 0.1 is -2.8e-17.
         assert level_above(np.full((3, 5), 1 - 0.9 - 0.1)) == 1.0
@@ -272,5 +272,5 @@ class TestOutliers:
             ([], []),
         ],
     )
-    def test_what_is_flagged(self, scores, expected):
+    def test_seeds_far_from_the_others_are_flagged(self, scores, expected):
         assert outlying(np.array(scores)) == expected

@@ -35,10 +35,12 @@ def test_on_equal_seeds_it_is_the_best_mean_of_the_rates_that_did_not_fail(rates
 )
 def test_the_order_of_trials_and_seeds_does_not_matter(rates, random):
     def trials(order):
-        return [
-            RateTrial(lr, *({seed: runs[seed][place] for seed in order(runs)} for place in (0, 1)))
-            for lr, runs in order(rates.items())
-        ]
+        found = []
+        for lr, runs in order(rates.items()):
+            losses = {seed: runs[seed][0] for seed in order(runs)}
+            scores = {seed: runs[seed][1] for seed in order(runs)}
+            found.append(RateTrial(lr, losses, scores))
+        return found
 
     assert choose_rate(trials(list)) == choose_rate(trials(lambda items: random.sample(list(items), len(items))))
 

@@ -102,7 +102,7 @@ def test_rows_that_disagree_with_their_first_line_give_no_interval(tmp_path):
     for path in (folder.base_scores_file(read_scores(own).record.base), others):
         head, *rows = path.read_text().splitlines(keepends=True)
         path.write_text(head + "".join(reversed(rows)))
-        change_rows(path, lambda row: None)
+        change_rows(path, lambda _row: None)
         row = primary_row(write.build([tmp_path]).rows, "TABuv")
         assert row.gain.examples is None, "rows in another order"
         assert len([note for note in row.notes if "no interval over examples" in note]) == 1

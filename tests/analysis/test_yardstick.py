@@ -130,11 +130,12 @@ def test_a_seed_beside_the_plan_with_other_rows_changes_no_verdict_and_no_refere
         more = {"rank": rank, "changes": {**changes, "data.train.digest": "other"}}
         scored_run(tmp_path / "runs", [1.0] * 1000, [0.0] * 1000, name="LoRA", seed=50, **more)
     after = trial(tmp_path, comparator="frontier: LoRA")
-    assert [a.verdict for a in after.answers] == [a.verdict for a in before.answers] == ["supported"]
+    assert [answer.verdict for answer in before.answers] == ["supported"]
+    assert [answer.verdict for answer in after.answers] == ["supported"]
     assert [panel.reference.name for panel in before.share_panels + after.share_panels] == ["LoRA r=8"] * 2
     for name in ("TABuv", "TA"):
         scored_run(tmp_path / "runs", [1.0] * 1000, [0.0] * 1000, name=name, seed=50)
-    assert [a.verdict for a in trial(tmp_path, comparator="frontier: LoRA").answers] == ["supported"]
+    assert [answer.verdict for answer in trial(tmp_path, comparator="frontier: LoRA").answers] == ["supported"]
 
 
 class TestFloor:
@@ -283,7 +284,7 @@ class TestCurve:
         assert (str(worth["TA"]), tables.WORTH.csv(worth["TA"])[0]) == ("< 23,040", "0")
         assert worth["LoRA"] is None
 
-    def test_the_ends_of_worth(self):
+    def test_worth_ends_where_the_difference_is_one_half_width_and_at_the_measured_sizes(self):
         sizes = np.geomspace(1000, 100_000, 201)
         falling = np.log(10_000) - np.log(sizes)
         found = worth_of(sizes, falling, np.full(201, np.log(2)))

@@ -39,8 +39,13 @@ from tiedlora.records.run_folder import RunFolder
 
 STEPS = 8
 CELL = (
-    *("task=chain_sum", "task.options.rows={train: 200, validation: 16, test: 16}", "task.max_new_tokens=8"),
-    *("train=tiny", f"train.steps={STEPS}", "train.checkpoint_every=2", "train.threads=1"),
+    "task=chain_sum",
+    "task.options.rows={train: 200, validation: 16, test: 16}",
+    "task.max_new_tokens=8",
+    "train=tiny",
+    f"train.steps={STEPS}",
+    "train.checkpoint_every=2",
+    "train.threads=1",
 )
 LAUNCHERS = {
     "joblib": ["hydra/launcher=joblib_slots", "hydra.launcher.n_jobs=2"],
@@ -74,8 +79,13 @@ claims:
 DRILLS = {
     "staged": Drill(
         (
-            *("tying=LoRA,TABuv,TAB", "train.lr=1e-4,1e-3,1e-2,1e-1", "seed=0,1,2", "score.base=false"),
-            *("task.rows.validation=16", "train.validation_rows=16", "train.validate_every=2"),
+            "tying=LoRA,TABuv,TAB",
+            "train.lr=1e-4,1e-3,1e-2,1e-1",
+            "seed=0,1,2",
+            "score.base=false",
+            "task.rows.validation=16",
+            "train.validation_rows=16",
+            "train.validate_every=2",
         ),
         # Within the grid's rates, so that the plain grid has all cells of the search.
         ("hydra/sweeper=staged", "hydra.sweeper.lowest_rate=1e-4", "hydra.sweeper.highest_rate=0.1"),
@@ -85,10 +95,18 @@ DRILLS = {
     ),
     "deciding": Drill(
         (
-            *("tying=LoRA,TABuv,Tuv", "train.lr=3e-3,1e-2", "rank=r8", "train.steps=24", "train.batch_size=8"),
-            *("task.options.rows={train: 400, validation: 32, test: 64}", "task.rows.validation=32"),
-            *("train.validation_rows=32", "train.validate_every=6", "score.splits=[test]"),
-            *("score.metrics=[target_loss]", "train.checkpoint_every=6"),
+            "tying=LoRA,TABuv,Tuv",
+            "train.lr=3e-3,1e-2",
+            "rank=r8",
+            "train.steps=24",
+            "train.batch_size=8",
+            "task.options.rows={train: 400, validation: 32, test: 64}",
+            "task.rows.validation=32",
+            "train.validation_rows=32",
+            "train.validate_every=6",
+            "score.splits=[test]",
+            "score.metrics=[target_loss]",
+            "train.checkpoint_every=6",
         ),
         ("hydra/sweeper=deciding", "hydra.sweeper.lowest_rate=1e-3"),
         0,

@@ -23,8 +23,13 @@ pytestmark = pytest.mark.gpu
 QUIET = ("train.log_every=100", "train.validate_every=0", "train.checkpoint_every=100", "score.splits=[]")
 """Nothing that reads numbers from the device between the first step and the last."""
 LARGER = (
-    *("model.architecture.hidden=256", "model.architecture.head_dim=64", "model.architecture.intermediate=1024"),
-    *("train.steps=2", "train.warmup_steps=0", "train.validation_rows=2", *QUIET),
+    "model.architecture.hidden=256",
+    "model.architecture.head_dim=64",
+    "model.architecture.intermediate=1024",
+    "train.steps=2",
+    "train.warmup_steps=0",
+    "train.validation_rows=2",
+    *QUIET,
 )
 """A model whose activations are more than the workspace of the products."""
 
@@ -132,7 +137,7 @@ def carried_out(config, monkeypatch, begin, end) -> TrainingRecord:
     """Carry out a run that calls `begin` after its first step and `end` after the last."""
     calls: list[int] = []
 
-    def requested(self) -> bool:
+    def requested(_self) -> bool:
         # The loop asks this after each step, before it fetches any number, and after the last step again.
         calls.append(1)
         if len(calls) == 1:
@@ -188,7 +193,7 @@ def test_a_run_can_be_verified_on_the_same_gpu(gpu_config):
 
 
 @pytest.mark.parametrize("shard", [False, True])
-def test_two_processes_are_one(gpu, gpu_config, tiny_run, tmp_path, shard):
+def test_two_processes_train_as_one(gpu, gpu_config, tiny_run, tmp_path, shard):
     if gpu.type == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     alone = gpu_config("alone", "train.batch_size=7")

@@ -24,7 +24,7 @@ NUMBERS = {
     "smollm3": GROUPED,
     "gpt2": dict(n_embd=32, n_layer=3, n_head=4, n_positions=64, n_inner=48),
     "phi3": GROUPED,
-    "gpt_neox": dict(),
+    "gpt_neox": {},
 }
 FAMILIES = tuple(NUMBERS)
 SCALED = {"granite": dict(**GROUPED, logits_scaling=8.0), "cohere": dict(**GROUPED, logit_scale=0.0625)}

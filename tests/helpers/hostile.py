@@ -56,15 +56,18 @@ ODD_VALUES = st.recursive(
 
 def snapshot(folder: Path) -> dict[str, object]:
     """The content of a folder. Links are not followed."""
-    return {
-        str(path.relative_to(folder)): path.readlink()
-        if path.is_symlink()
-        else path.read_bytes()
-        if path.is_file()
-        else path.is_dir()
-        for path in sorted(folder.rglob("*"))
-        if path.name != ".lock"
-    }
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.name == ".lock":
+            continue
+        if path.is_symlink():
+            found[name] = path.readlink()
+        elif path.is_file():
+            found[name] = path.read_bytes()
+        else:
+            found[name] = path.is_dir()
+    return found
 
 
 @contextmanager

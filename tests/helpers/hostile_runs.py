@@ -12,9 +12,18 @@ def place(tmp_path_factory, finish):
     """A finished run that is never changed, and its command's words."""
     root = tmp_path_factory.mktemp("whole")
     words = [
-        *("model=tiny_llama", "task=chain_sum", "task.options.rows={train: 12, validation: 6, test: 6}"),
-        *("task.rows.validation=null", "task.max_new_tokens=4", "train.steps=1", "train.batch_size=4"),
-        *("train.warmup_steps=0", "train.dtype=float32", "train.threads=1", "rank.r=2", f"cache={root}/cache"),
+        "model=tiny_llama",
+        "task=chain_sum",
+        "task.options.rows={train: 12, validation: 6, test: 6}",
+        "task.rows.validation=null",
+        "task.max_new_tokens=4",
+        "train.steps=1",
+        "train.batch_size=4",
+        "train.warmup_steps=0",
+        "train.dtype=float32",
+        "train.threads=1",
+        "rank.r=2",
+        f"cache={root}/cache",
     ]
     record = finish(compose_config([*words, f"outputs={root}/outputs"]))
     return root / "outputs" / record.run_id, words

@@ -278,7 +278,7 @@ def _made_on_the_cpu(function: Any) -> Any:
     return made
 
 
-def _pinned(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
+def _pinned(tensor: torch.Tensor, _device: Any = None) -> torch.Tensor:
     copy = tensor.clone()
     copy._is_pinned_here = True
     return copy
@@ -310,11 +310,11 @@ class _Module(types.ModuleType):
         pass
 
     @staticmethod
-    def get_device_name(device: Any = None) -> str:
+    def get_device_name(_device: Any = None) -> str:
         return "a second device"
 
     @staticmethod
-    def max_memory_allocated(device: Any = None) -> int:
+    def max_memory_allocated(_device: Any = None) -> int:
         return 1
 
     @staticmethod
@@ -322,7 +322,7 @@ class _Module(types.ModuleType):
         pass
 
     @staticmethod
-    def synchronize(device: Any = None) -> None:
+    def synchronize(_device: Any = None) -> None:
         SecondDevice.active.wait("synchronize")
 
     @staticmethod
@@ -340,11 +340,11 @@ class _Module(types.ModuleType):
     # The device draws from the CPU's generator.
 
     @staticmethod
-    def get_rng_state(device: Any = None) -> torch.Tensor:
+    def get_rng_state(_device: Any = None) -> torch.Tensor:
         return torch.get_rng_state()
 
     @staticmethod
-    def set_rng_state(state: torch.Tensor, device: Any = None) -> None:
+    def set_rng_state(state: torch.Tensor, _device: Any = None) -> None:
         torch.set_rng_state(state)
 
     @staticmethod
@@ -359,7 +359,7 @@ class _Hooks(torch._C._acc.PrivateUse1Hooks):
     def is_built(self) -> bool:
         return True
 
-    def has_primary_context(self, index: int) -> bool:
+    def has_primary_context(self, _index: int) -> bool:
         return SecondDevice.active is not None
 
 

@@ -52,9 +52,10 @@ def write(root: Path, kind: str, *rows: dict | str | bytes, split: str = "test")
     """Write rows as the file of a task's split. A text or bytes are written unchanged."""
     path = root / kind / f"{split}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows
-    ]
+    lines = []
+    for row in rows:
+        text = json.dumps(row) if isinstance(row, dict) else row
+        lines.append(text.encode() if isinstance(text, str) else text)
     path.write_bytes(b"\n".join(lines) + b"\n")
     return path
 

@@ -47,7 +47,7 @@ def composed(words: Sequence[str]) -> Config:
 
 
 @functools.cache
-def _composed(words: tuple[str, ...], data_root: str | None) -> Config:
+def _composed(words: tuple[str, ...], _data_root: str | None) -> Config:
     return configuration.compose_config(list(words))
 
 

@@ -329,7 +329,7 @@ def change_template(config) -> None:
     (Path(config.model.path) / "chat_template.jinja").write_text("<<{{ messages[0]['content'] }}>>")
 
 
-def test_a_finished_run_with_another_chat_template_is_not_printed(chatting, tmp_path, capsys):
+def test_a_finished_run_with_another_chat_template_is_not_printed(chatting, tmp_path):
     config = chatting()
     record = run.main(config)
     assert run.main(chatting()) == record

@@ -126,10 +126,10 @@ def test_a_context_beyond_a_learned_table_of_positions_is_refused(tmp_path):
     opt = OPTConfig(**sizes, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64)
     # It has no such module, but its configuration tells.
     gptj = GPTJConfig(vocab_size=257, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4)
-    for kind, layers, inside in ((opt, "model.decoder.layers", "self_attn"), (gptj, "transformer.h", "attn")):
-        AutoModelForCausalLM.from_config(kind).save_pretrained(gpt2.path)
-        layout = Layout(layers, {part: [f"{inside}.{part}_proj"] for part in "qkv"})
-        other = Architecture(kind.model_type, 2, 32, 4, 4, 8, 128, 257, layout)
+    for settings, layers, attention in ((opt, "model.decoder.layers", "self_attn"), (gptj, "transformer.h", "attn")):
+        AutoModelForCausalLM.from_config(settings).save_pretrained(gpt2.path)
+        layout = Layout(layers, {target: [f"{attention}.{target}_proj"] for target in "qkv"})
+        other = Architecture(settings.model_type, 2, 32, 4, 4, 8, 128, 257, layout)
         with pytest.raises(UserError, match=r"model\.context=65: the loaded model has 64 positions; lower it"):
             load_base(replace(gpt2, architecture=other, context=65), "float32", CPU, Path("unused"))
 
@@ -137,7 +137,7 @@ def test_a_context_beyond_a_learned_table_of_positions_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (lambda c: {"path": None, "name": "nobody/nothing"}, r"nobody/nothing: cannot be loaded.*model.path=FOLDER"),
+        (lambda _c: {"path": None, "name": "nobody/nothing"}, r"nobody/nothing: cannot be loaded.*model.path=FOLDER"),
         # transformers would load it, and the record could not say which weights these were.
         (lambda c: {"path": None, "name": c.path}, r"is a folder here; give it as model\.path="),
         (lambda c: {"architecture": replace(c.architecture, layers=4)}, r"layers=4: the loaded model has 3"),
@@ -186,7 +186,7 @@ model name\t: the second core
 
 
 def test_the_name_of_the_processor_comes_from_the_system(monkeypatch):
-    monkeypatch.setattr(Path, "read_text", lambda self: INTEL)
+    monkeypatch.setattr(Path, "read_text", lambda _self: INTEL)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     name = "Intel(R) Xeon(R) 8481C (AVX2, avx512_bf16, amx_bf16)"
     assert str(execution_on(CPU, processes=2)) == f"cpu, {torch.get_num_threads()} threads, 2 processes, {name}"

@@ -48,7 +48,7 @@ def test_likelihoods_of_choices_are_those_of_the_models_own_logits(family):
 
 def test_a_model_with_an_unknown_rule_is_refused():
     model = family_model("llama")
-    model.lm_head.register_forward_hook(lambda module, inputs, output: output)
+    model.lm_head.register_forward_hook(lambda _module, _inputs, output: output)
     output_head.check(model)
     forward = model.forward
 

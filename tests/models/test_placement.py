@@ -98,7 +98,7 @@ class TestHookedByTheUser:
     """tiedlora.attach on a model that another program has put hooks on."""
 
     @pytest.mark.parametrize("name", TINY)
-    def test_dispatched(self, name, ids):
+    def test_on_a_dispatched_model_the_update_is_that_of_a_plain_one(self, name, ids):
         plain, hooked = tiny(name).model, tiny(name).model
         dispatch_model(hooked, {"": "cpu"}, force_hooks=True)
         first = attach(plain, "TABuv").adapter.paths()[0]
@@ -113,7 +113,7 @@ class TestHookedByTheUser:
         attached.detach()
         assert torch.equal(hooked(ids).logits, before)
 
-    def test_offloaded_before(self, ids):
+    def test_on_an_offloaded_model_the_gradients_are_those_of_a_plain_one(self, ids):
         plain, hooked = tiny("tiny_llama").model, cpu_offload(tiny("tiny_llama").model, CPU)
         for model in (plain, hooked):
             randomise(attach(model, "TABuv").adapter)
@@ -144,7 +144,7 @@ class TestHookedByTheUser:
         assert not torch.equal(model(ids).logits, before)
 
 
-def test_pairs_go_where_their_module_runs(monkeypatch):
+def test_pairs_go_where_their_module_runs():
     """Two devices, on a machine with one: the folded pairs of a hooked layer are on the hook's device."""
     model = tiny("tiny_llama").model
     layer = model.model.layers[1].self_attn.q_proj

@@ -157,7 +157,7 @@ def test_merging_is_refused_and_changes_nothing(kind, ids):
     assert torch.equal(attached.model(ids).logits, adapted)
 
 
-def test_repacked_weights_are_refused(monkeypatch):
+def test_repacked_weights_are_refused():
     """Simulated, because bitsandbytes repacks only on a processor with AVX512-bf16."""
     model = quantised("tiny_llama", "nf4").model
     layer = model.model.layers[0].mlp.up_proj
@@ -168,6 +168,6 @@ def test_repacked_weights_are_refused(monkeypatch):
 
 
 def test_without_bitsandbytes_one_line_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(UserError, match=r"^model.quantization=nf4: needs bitsandbytes.*tiedlora\[quantization\]"):
         quantised("tiny_llama", "nf4")

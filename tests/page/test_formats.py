@@ -2,6 +2,7 @@
 
 import csv
 import math
+from operator import attrgetter
 from types import SimpleNamespace
 
 import pytest
@@ -53,7 +54,7 @@ def test_a_cell_is_one_text_for_people_and_its_numbers_for_programs(kind, cell, 
     ],
 )
 def test_an_estimate_has_its_unit_and_two_columns_of_one_name_differ_in_csv(number, options, text, cells):
-    of = lambda answer: answer.contrast  # noqa: E731
+    of = attrgetter("contrast")
     columns = (tables.estimate("x", of, **options), tables.estimate("x", of, csv_name="x (difference)", **options))
     table = Table.of("t", "c", columns, [SimpleNamespace(contrast=number, measure=Measure("test", "f1"))])
     assert table.texts() == [[text, text]]

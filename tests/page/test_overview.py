@@ -70,7 +70,8 @@ def test_points_and_nats_never_share_an_axis_or_a_column(report):
     assert of_csv["LoRA"] == ["50.0", "1", "", *["–"] * 3, "0.200", "1", "", *["–"] * 3]
 
 
-def test_figures_and_overview_show_the_metric_that_the_claims_compare(report, tmp_path):
+@pytest.mark.usefixtures("report")
+def test_figures_and_overview_show_the_metric_that_the_claims_compare(tmp_path):
     claims = tmp_path / "claims.yaml"
     sides = "method: {configuration: TABuv, rank: 8}, comparator: {configuration: LoRA, rank: 8}"
 

@@ -161,13 +161,14 @@ def test_a_small_file_of_yaml_with_endless_values_is_refused_at_once(what, folde
     assert script("scripts/report.py", folder.parent, "--out", tmp_path / "report")[2].count("Traceback") == 0
 
 
-def test_the_result_of_another_run_is_not_taken_for_this_one(folder, words, place):
+@pytest.mark.usefixtures("place")
+def test_the_result_of_another_run_is_not_taken_for_this_one(folder, words):
     put(folder, "run_id", "TAB-r2-chain_sum-tiny-s7-0123456789")
     with refused("is the result of another run, TAB-r2-chain_sum-tiny-s7-0123456789", folder):
         run.main(composed(words))
 
 
-def test_what_is_no_folder(folder, words, tmp_path, script):
+def test_every_command_refuses_what_is_no_runs_folder_in_one_line(folder, words, tmp_path, script):
     (tmp_path / "file").write_text("x")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "empty").mkdir()
@@ -237,7 +238,8 @@ def test_starting_over_removes_links_and_not_what_they_lead_to(folder, words, tm
     assert RunFolder(folder).record() is not None
 
 
-def test_a_run_that_was_moved_writes_beside_itself(folder, place):
+@pytest.mark.usefixtures("place")
+def test_a_run_that_was_moved_writes_beside_itself(folder):
     """The record holds the place where the run was made. That place may not exist any more, or a stranger chose it."""
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(re.sub(r"(?m)^outputs: .*$", "outputs: /nowhere/of/mine", text))
@@ -253,7 +255,7 @@ def cut(data: bytes) -> bytes:
 def without_last_row(path: Path) -> None:
     head, *rows = path.read_text().splitlines()
     path.write_text("\n".join([head, *rows[:-1], ""]))
-    change_rows(path, lambda row: None)
+    change_rows(path, lambda _row: None)
 
 
 def with_bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
@@ -265,9 +267,9 @@ def with_field(**fields: object) -> Callable[[Path], None]:
 
 
 DAMAGE = {  # what is wrong with a file of scores -> how to damage it, and words of the one line
-    "empty": (with_bytes(lambda data: b""), "answers.jsonl:1: is not the record of scores"),
+    "empty": (with_bytes(lambda _data: b""), "answers.jsonl:1: is not the record of scores"),
     "a first line that is cut": (with_bytes(lambda data: data[:99]), "answers.jsonl:1: is not the record of scores"),
-    "brackets": (with_bytes(lambda data: b"[" * 100_000), "answers.jsonl:1: is not the record of scores"),
+    "brackets": (with_bytes(lambda _data: b"[" * 100_000), "answers.jsonl:1: is not the record of scores"),
     "a row as the first line": (
         with_bytes(lambda data: data.split(b"\n", 1)[1]),
         "answers.jsonl:1: is not the record of scores",
@@ -313,7 +315,7 @@ def test_a_damaged_file_of_scores_is_one_line(what, folder, tmp_path, script):
     assert snapshot(folder) == before
 
 
-def test_metrics_that_are_cut_or_garbage_are_passed_over(folder, tmp_path, words):
+def test_metrics_that_are_cut_or_garbage_are_passed_over(folder, words):
     path = folder / "metrics.jsonl"
     garbage = [b'{"step": 9, "train/loss": ', b"\x00\xff\xfe", b'{"step": "x"}', b"3", b"[]", b"null", b"[" * 100_000]
     garbage += [b'{"step": 1, "train/loss": 1, "train/loss": 2}']
@@ -338,7 +340,7 @@ def test_a_file_of_the_base_model_that_was_changed_is_named(folder, words):
 
         def reorder(path, head=head, rows=rows):
             path.write_bytes(head + b"".join(reversed(rows)))
-            change_rows(path, lambda row: None)
+            change_rows(path, lambda _row: None)
 
         for damage, says in (
             (reorder, "holds the scores of other rows; remove it"),

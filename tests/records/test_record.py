@@ -36,7 +36,7 @@ def id_of(*overrides):
 
 
 @pytest.mark.parametrize(("overrides", "expected"), FROZEN.items())
-def test_frozen_ids(overrides, expected):
+def test_the_ids_of_these_runs_never_change(overrides, expected):
     assert id_of(*overrides.split()) == expected
 
 
@@ -66,9 +66,19 @@ def test_the_same_meaning_is_the_same_run(written, otherwise):
 @pytest.mark.parametrize(
     "change",
     [
-        *("seed=1", "rank.alpha=16", "rank.scaling=rslora", "train.lr=2e-2", "train.weight_decay=0.1"),
-        *("tying.u.init=0.1", "tying.dropout=0.1", "tying.layers=[0-28]", "task.version=2", "task.rows.train=100"),
-        *("score.checkpoint=best", "model.revision=abc", "objective=reward"),
+        "seed=1",
+        "rank.alpha=16",
+        "rank.scaling=rslora",
+        "train.lr=2e-2",
+        "train.weight_decay=0.1",
+        "tying.u.init=0.1",
+        "tying.dropout=0.1",
+        "tying.layers=[0-28]",
+        "task.version=2",
+        "task.rows.train=100",
+        "score.checkpoint=best",
+        "model.revision=abc",
+        "objective=reward",
     ],
 )
 def test_another_meaning_is_another_run(change):
@@ -111,7 +121,7 @@ class TestFolder:
         folder.result_file.write_text("{}")
         assert folder.state() == "done"
         # A run that starts again and is killed while its files are removed is not done.
-        monkeypatch.setattr("tiedlora.records.run_folder._remove", lambda entry: 1 / 0)
+        monkeypatch.setattr("tiedlora.records.run_folder._remove", lambda _entry: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             folder.clear()
         assert folder.state() == "failed"

@@ -26,10 +26,11 @@ def config(finished_run, tiny_config):
 
 
 def wrong(folder: RunFolder, rows: int = 100) -> list[str]:
-    return [f"{f.check}: {f.explanation}" for f in verify.verify(folder.path, rows=rows) if f.ok is False]
+    findings = verify.verify(folder.path, rows=rows)
+    return [f"{finding.check}: {finding.explanation}" for finding in findings if finding.ok is False]
 
 
-def only_losses(self, model, examples, title):
+def only_losses(_self, _model, _examples, _title):
     pytest.fail("asked for answers")
 
 

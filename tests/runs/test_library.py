@@ -51,7 +51,7 @@ class TestAdapters:
         adapters.remove("Tuv")
         assert torch.equal(logits(model, ids), plain)
 
-    def test_mistakes(self):
+    def test_names_that_are_taken_or_unknown_and_another_models_adapter_are_refused(self):
         adapters = tiedlora.AdapterSet(tiny("tiny_llama").model)
         adapter = attach(tiny("tiny_gpt2").model, "TAB", 4).adapter
         adapters.add("a", adapter)
@@ -88,7 +88,7 @@ class TestRuns:
         with pytest.raises(UserError, match="holds another adapter than when this run was composed"):
             run.main(replace(config, train=replace(config.train, init_digest="0" * 64)))
         second = run.main(config)
-        start, end = (r.training for r in (second, first))
+        start, end = (record.training for record in (second, first))
         assert start.validation_loss_first == pytest.approx(end.validation_loss_last, abs=1e-6)
         assert run_id(config) != run_id(tiny_config("tying=TABuv_b0"))
         saved = load_file(tmp_path / "outputs" / second.run_id / "adapter" / "adapter.safetensors")
@@ -97,7 +97,8 @@ class TestRuns:
     def test_identity_is_the_adapters_content(self, finished, tiny_config, tmp_path):
         shutil.copytree(finished / "adapter", tmp_path / "elsewhere")
         ids = {
-            run_id(tiny_config("tying=TABuv_b0", f"train.init_from={at}")) for at in (finished, tmp_path / "elsewhere")
+            run_id(tiny_config("tying=TABuv_b0", f"train.init_from={path}"))
+            for path in (finished, tmp_path / "elsewhere")
         }
         assert len(ids) == 1
         # The run's own record does not need the adapter any more.

@@ -67,7 +67,8 @@ def test_a_method_of_peft_is_a_run_like_any_other(tiny_config, tmp_path):
         )
 
 
-def test_a_third_kind_is_trained_scored_and_verified(third_kinds, tiny_config):
+@pytest.mark.usefixtures("third_kinds")
+def test_a_third_kind_is_trained_scored_and_verified(tiny_config):
     config = tiny_config("tying=peft", "tying.method=bias", "tying.name=bias")
     record = run.main(config)
     assert record.run_id.startswith("bias-")
@@ -78,7 +79,8 @@ def test_a_third_kind_is_trained_scored_and_verified(third_kinds, tiny_config):
     assert [finding for finding in verify(folder_of(config).path) if finding.ok is False] == []
 
 
-def test_the_loss_of_what_is_not_causal_is_refused_before_training(third_kinds, tiny_config):
+@pytest.mark.usefixtures("third_kinds")
+def test_the_loss_of_what_is_not_causal_is_refused_before_training(tiny_config):
     config = tiny_config("tying=peft", "tying.method=mean")
     with pytest.raises(UserError, match=r"is not causal .*score\.metrics=\[METRIC\]"):
         run.main(config)

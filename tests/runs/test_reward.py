@@ -33,8 +33,16 @@ def objective(*words: str, prompts: int = 1, tokens: int | None = None):
     def in_passes(own):
         return microbatches(own, 256, tokens=tokens)
 
-    reward = Reward(scorer, rows, examples, lambda step: list(range(prompts)), in_passes, nullcontext, [])
-    reward._reward = lambda output, example: sum(token % 2 == 0 for token in output.ids) / len(output.ids)
+    reward = Reward(
+        scorer,
+        rows,
+        examples,
+        rows_of_step=lambda _step: list(range(prompts)),
+        in_passes=in_passes,
+        evaluating=nullcontext,
+        halvings=[],
+    )
+    reward._reward = lambda output, _example: sum(token % 2 == 0 for token in output.ids) / len(output.ids)
     return reward, model, list(scorer.arm.trained_parts().values()), rows
 
 
@@ -134,7 +142,11 @@ def test_a_run_learns_from_the_reward_it_gets_and_resumes_to_the_same_bytes(tiny
     rows = [row.values for row in read_metrics(folder_of(config).metrics_file) if "reward/mean" in row.values]
     assert len(rows) == 6
     assert {name.removeprefix("reward/") for name in rows[0] if name.startswith("reward/")} == {
-        *("mean", "no_spread", "entropy", "answer_tokens", "sampled_tokens_per_s"),
+        "mean",
+        "no_spread",
+        "entropy",
+        "answer_tokens",
+        "sampled_tokens_per_s",
     }
     assert any(row["train/grad_norm"] > 0 for row in rows)
     assert whole.identity.tree["objective"]["name"] == "reward"

@@ -45,7 +45,7 @@ def test_the_record_is_complete(tiny_config, capsys):
         base = read_scores(folder.base_scores_file(record.base)).record
         assert (base.run_id, base.adapter, base.gain, base.rows) == ("", "", {}, 12)
         assert list(record.metrics) == list(record.gain) == list(base.metrics)
-    assert result.adapter_bytes == sum(f.stat().st_size for f in folder.adapter.iterdir())
+    assert result.adapter_bytes == sum(file.stat().st_size for file in folder.adapter.iterdir())
     assert not folder.checkpoints.exists()
     shown = capsys.readouterr().out
     assert "of LoRA)" in shown
@@ -91,8 +91,8 @@ def test_generated_rows_are_made_again_where_their_generator_changed(finished_ru
     kept = list((Path(config.cache) / "digests").iterdir())
     assert len(kept) == 1
     inputs._ROWS.clear()
-    monkeypatch.setattr(inputs.importlib.metadata, "version", lambda package: "999")
-    monkeypatch.setattr(Generated, "_worked_answer", lambda self, item: "#### 1")
+    monkeypatch.setattr(inputs.importlib.metadata, "version", lambda _package: "999")
+    monkeypatch.setattr(Generated, "_worked_answer", lambda _self, _item: "#### 1")
     with pytest.raises(UserError, match="finished on other train data"):
         run.main(config)
     inputs._ROWS.clear()

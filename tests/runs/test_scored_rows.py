@@ -65,5 +65,5 @@ def test_a_staged_sweep_launches_nothing_without_the_rows_that_it_will_score(wor
     sweep = compose_sweep(words("train.lr=1e-3,1e-2", "score.base=false"))
     launched = []
     with pytest.raises(UserError, match=r"test\.jsonl: no such file"):
-        staged.run_staged(sweep, search_options(rungs=[0.25]), lambda cells, first_job: launched.extend(cells))
+        staged.run_staged(sweep, search_options(rungs=[0.25]), lambda cells, _first_job: launched.extend(cells))
     assert launched == []

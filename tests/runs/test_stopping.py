@@ -6,7 +6,6 @@ import select
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from helpers import processes
@@ -125,11 +124,17 @@ def usr2_and_term():
 
 def test_all_handlers_of_a_steps_signals_are_called_and_no_stream_is_written_to(usr2_and_term, monkeypatch, capfd):
     """submitit's handler of USR2 puts the job into the queue again, and that of SIGTERM does nothing."""
+
+    class Busy:
+        """A stream that is being written to when the signal comes."""
+
+        def write(self, _text):
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
     called, stop = [], StopSignal()
     for number in usr2_and_term:
         signal.signal(number, lambda number, _: called.append(number))
-    # As a stream that is being written to: a print inside a signal would be an error.
-    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "stderr", Busy())
     with stop:
         stop.finish_step_first = True
         # The last one is that of a closed terminal, unless nohup ignores it.
@@ -140,10 +145,14 @@ def test_all_handlers_of_a_steps_signals_are_called_and_no_stream_is_written_to(
     assert capfd.readouterr().err.count("saving a checkpoint after this step") == 2 + len(SIGNALS[4:])
 
 
-def test_a_job_that_may_not_be_queued_again_is_no_failed_run(usr2_and_term):
+@pytest.mark.usefixtures("usr2_and_term")
+def test_a_job_that_may_not_be_queued_again_is_no_failed_run():
+    def refuse(*_):
+        raise RuntimeError("Job not requeued because: timed-out too many times.")
+
     stop = StopSignal()
     stop.finish_step_first = True
-    signal.signal(signal.SIGUSR2, lambda *_: (Path("timed-out too many times") / "no such file").read_text())
+    signal.signal(signal.SIGUSR2, refuse)
     with pytest.raises(KeyboardInterrupt, match="timed-out too many times"), stop:
         signal.raise_signal(signal.SIGUSR2)
 

@@ -39,10 +39,19 @@ def study(request, tmp_path_factory):
     config = compose_config(
         [
             f"score.forgetting={place}/neutral.txt",
-            *("model=tiny_llama", f"task={task}", "task.rows.validation=12", "task.max_new_tokens=6"),
+            "model=tiny_llama",
+            f"task={task}",
+            "task.rows.validation=12",
+            "task.max_new_tokens=6",
             *(("task.validation_from_train=12",) if task == "gsm8k" else ()),
-            *("train.steps=2", "train.batch_size=4", "train.warmup_steps=1", "train.threads=1", "score.batch_size=4"),
-            *(f"outputs={place}/outputs", f"cache={place}/cache", f"data_root={place}/data"),
+            "train.steps=2",
+            "train.batch_size=4",
+            "train.warmup_steps=1",
+            "train.threads=1",
+            "score.batch_size=4",
+            f"outputs={place}/outputs",
+            f"cache={place}/cache",
+            f"data_root={place}/data",
         ]
     )
     run.main(config)

@@ -31,10 +31,20 @@ def finished(tmp_path_factory, finish):
     write(place / "data", "gsm8k", *ROWS, split="train")
     config = compose_config(
         [
-            *("model=tiny_llama", "task=gsm8k", "task.validation_from_train=12", "task.rows.validation=null"),
-            *("task.max_new_tokens=6", "train.steps=4", "train.batch_size=4", "train.warmup_steps=1"),
-            *("train.dtype=float32", "train.threads=1", "score.batch_size=4"),
-            *(f"outputs={place}/outputs", f"cache={place}/cache", f"data_root={place}/data"),
+            "model=tiny_llama",
+            "task=gsm8k",
+            "task.validation_from_train=12",
+            "task.rows.validation=null",
+            "task.max_new_tokens=6",
+            "train.steps=4",
+            "train.batch_size=4",
+            "train.warmup_steps=1",
+            "train.dtype=float32",
+            "train.threads=1",
+            "score.batch_size=4",
+            f"outputs={place}/outputs",
+            f"cache={place}/cache",
+            f"data_root={place}/data",
         ]
     )
     finish(config)
@@ -346,8 +356,9 @@ def test_the_gap_of_another_answer_is_the_largest_of_its_logits(finished):
             assert gap == pytest.approx(min(expected(text, *end), expected(f" {text}", *end)), abs=1e-5)
 
 
+@pytest.mark.usefixtures("finished")
 @pytest.mark.parametrize(("factor", "ok"), [(1.01, True), (1.2, False)])
-def test_on_another_processor_the_mean_loss_must_agree(finished, elsewhere, monkeypatch, factor, ok):
+def test_on_another_processor_the_mean_loss_must_agree(elsewhere, monkeypatch, factor, ok):
     write(data_of(elsewhere), "gsm8k", *ROWS[:8])
     added = score_more(
         RunFolder(elsewhere), data_root=str(data_of(elsewhere)), splits=["test"], metrics=["target_loss"]

@@ -60,7 +60,7 @@ def test_a_file_becomes_consecutive_passages_of_at_most_the_context(text, encode
     text.write_text(" ".join([WORDS] * 10))
     assert len(read_passages(str(text), encoder)) == PASSAGES
     encoder.context = 100_000
-    assert max(len(encoder.text(p.target)) for p in read_passages(str(text), encoder)) <= PASSAGE_TOKENS
+    assert max(len(encoder.text(passage.target)) for passage in read_passages(str(text), encoder)) <= PASSAGE_TOKENS
 
 
 def test_every_token_but_the_first_is_predicted():

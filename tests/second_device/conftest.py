@@ -8,8 +8,13 @@ from helpers.second_device import SecondDevice, second_device
 from tiedlora.config.schema import Config
 
 SHORT = (
-    *("task.options.rows={train: 8, validation: 3, test: 3}", "model.architecture.layers=2", "train.microbatch_size=2"),
-    *("train.steps=2", "train.warmup_steps=0", "train.validate_every=1", "train.checkpoint_every=1"),
+    "task.options.rows={train: 8, validation: 3, test: 3}",
+    "model.architecture.layers=2",
+    "train.microbatch_size=2",
+    "train.steps=2",
+    "train.warmup_steps=0",
+    "train.validate_every=1",
+    "train.checkpoint_every=1",
 )
 
 

@@ -26,8 +26,9 @@ SCALED_LAYOUT = tiedlora.Layout("model.layers", {"qkv": ["self_attn.q_proj", "se
 WITHOUT_BASE = ("score.base=false", "score.metrics=[exact_match_strict]", "train.validation_rows=1")
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("family", [*FAMILIES, *SCALED])
-def test_a_family_computes_as_on_the_cpu(device, family):
+def test_a_family_computes_as_on_the_cpu(family):
     found = {}
     for where in ("cpu", NAME):
         model = family_model(family)
@@ -50,8 +51,9 @@ def test_a_family_computes_as_on_the_cpu(device, family):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("name", [*EIGHT, "RaSA"])
-def test_a_configuration_trains_as_on_the_cpu(device, short, tmp_path, name):
+def test_a_configuration_trains_as_on_the_cpu(short, tmp_path, name):
     here, there = (
         short(f"tying={name}", *WITHOUT_BASE),
         short(f"tying={name}", *WITHOUT_BASE, f"outputs={tmp_path}/cpu", "train.device=cpu"),
@@ -77,15 +79,17 @@ PATHS = {
 }
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("name", PATHS)
-def test_a_path_of_a_run(device, short, name):
+def test_every_path_of_a_run_is_taken_on_the_device(short, name):
     config = short(*PATHS[name], *([] if name == "drift" else WITHOUT_BASE[2:]))
     assert run.main(config).execution.device == "a second device"
     assert len(rows_of(folder_of(config), "validation")) == 3
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("method", ["dora", "vera", "unilora", "tinylora"])
-def test_an_arm_of_peft(device, short, method):
+def test_an_arm_of_peft_moves_and_reloads_on_the_device(short, method):
     """Trained magnitudes, frozen buffers, indices, and one vector for all layers."""
     record = run.main(short(f"tying=peft/{method}", *WITHOUT_BASE))
     assert record.admission.moves
@@ -101,8 +105,9 @@ ROWS_OF = {
 }
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("kind", ROWS_OF)
-def test_a_task_of_a_kind(device, short, tmp_path, kind):
+def test_every_kind_of_score_is_computed_on_the_device(short, tmp_path, kind):
     """A number, the likelihoods of choices, and a text."""
     taken = kind == "gsm8k"
     write(tmp_path / "rows", kind, *ROWS_OF[kind][: 9 if taken else 6], split="train")
@@ -113,7 +118,8 @@ def test_a_task_of_a_kind(device, short, tmp_path, kind):
     assert len(rows_of(folder_of(config), "validation")) == 3
 
 
-def test_a_finished_run_is_scored_verified_loaded_and_exported(device, short, script, tmp_path):
+@pytest.mark.usefixtures("device")
+def test_a_finished_run_is_scored_verified_loaded_and_exported(short, script, tmp_path):
     config = short("score.splits=[]")
     run.main(config)
     folder = folder_of(config)
@@ -141,7 +147,8 @@ def test_a_finished_run_is_scored_verified_loaded_and_exported(device, short, sc
     adapters.use(None)
 
 
-def test_a_paused_run_continues_and_another_starts_from_it(device, short, tmp_path):
+@pytest.mark.usefixtures("device")
+def test_a_paused_run_continues_and_another_starts_from_it(short, tmp_path):
     whole, paused = (short(f"outputs={tmp_path}/{name}", *WITHOUT_BASE) for name in ("whole", "paused"))
     run.main(whole)
     paused.train.pause_after = 1
@@ -162,7 +169,8 @@ def test_if_memory_runs_out_passes_and_batches_are_halved(device, short, tmp_pat
     assert record.training.validation_loss_last == pytest.approx(plain.training.validation_loss_last, rel=1e-4)
 
 
-def test_the_device_is_there_by_name(device):
+@pytest.mark.usefixtures("device")
+def test_the_device_is_there_by_name():
     assert devices.resolve_device("auto") == torch.device(NAME)
     assert devices.resolve_device(f"{NAME}:0").index == 0
     with pytest.raises(tiedlora.UserError, match="no such device here"):

@@ -8,7 +8,8 @@ import torch
 from helpers.second_device import NAME, MixedDevices, OnDevice, second_device
 
 
-def test_it_refuses_to_mix(device):
+@pytest.mark.usefixtures("device")
+def test_it_refuses_to_mix():
     here, there = torch.ones(3, device=NAME), torch.ones(3)
     for mix in (
         lambda: here + there,
@@ -57,7 +58,8 @@ def test_it_counts_waits_with_their_lines(device):
     assert waits.total() == 1, "after a wait, nothing is left to wait for"
 
 
-def test_parameters_that_move_stay_the_same_objects_and_shared_ones_shared(device):
+@pytest.mark.usefixtures("device")
+def test_parameters_that_move_stay_the_same_objects_and_shared_ones_shared():
     model = torch.nn.ModuleDict({name: torch.nn.Linear(3, 3, bias=False) for name in "ab"})
     model["b"].weight = model["a"].weight
     weight, values = model["a"].weight, model["a"].weight.detach().clone()

@@ -19,7 +19,7 @@ QUIET = ("train.validate_every=0", "train.checkpoint_every=100", "train.steps=8"
 def test_training_waits_only_where_it_logs(device, short, monkeypatch, words):
     waits = []
     # The loop asks this after each step, before it fetches any number, and after the last step again.
-    monkeypatch.setattr(StopSignal, "requested", lambda self: waits.append(device.waits.copy()) or False)
+    monkeypatch.setattr(StopSignal, "requested", lambda _self: waits.append(device.waits.copy()) or False)
     run.main(short(*QUIET, "train.log_every=4", *words))
     assert len(waits) == 9
     assert not waits[3] - waits[0], "steps 2 to 4"
@@ -30,7 +30,7 @@ def test_training_waits_only_where_it_logs(device, short, monkeypatch, words):
 
 def test_a_run_that_may_skip_updates_waits_at_each_step(device, short, monkeypatch):
     waits = []
-    monkeypatch.setattr(StopSignal, "requested", lambda self: waits.append(device.waits.total()) or False)
+    monkeypatch.setattr(StopSignal, "requested", lambda _self: waits.append(device.waits.total()) or False)
     run.main(short(*QUIET, "train.log_every=100", "train.skip_nonfinite=1"))
     assert waits[6] - waits[0] == 6
 

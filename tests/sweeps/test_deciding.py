@@ -17,7 +17,10 @@ from tiedlora.sweeps.expand import DecidingOptions, compose_sweep
 from tiedlora.sweeps.staged import run_deciding
 
 WORDS = (
-    *("tying=LoRA,TABuv_b0", "train.lr=1e-3,1e-1", "train.steps=8", "train.validate_every=2"),
+    "tying=LoRA,TABuv_b0",
+    "train.lr=1e-3,1e-1",
+    "train.steps=8",
+    "train.validate_every=2",
     "score.metrics=[target_loss]",
 )
 CLAIMS = """

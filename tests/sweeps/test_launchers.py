@@ -69,7 +69,8 @@ def test_a_killed_worker_is_replaced_and_costs_its_cell_one_retry(tiny_run):
     command = FreshCommand("--multirun", *words, "hydra/launcher=joblib_slots", "hydra.launcher.n_jobs=1")
     for killed in (0, 1):
         wait_until(lambda killed=killed: swept.control.starts(victim.run_id) > killed and has_checkpoint(victim))
-        (worker,) = [own for own in psutil.Process(command.pid).children() if "spawn_main" in " ".join(own.cmdline())]
+        children = psutil.Process(command.pid).children()
+        (worker,) = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
         worker.kill()
     ended = command.ended()
     assert ended.code == 1
@@ -163,7 +164,7 @@ class TestSlots:
     ],
 )
 def test_a_launcher_that_cannot_be_used_is_one_line(words, says, monkeypatch):
-    monkeypatch.setattr(launchers, "find_spec", lambda package: None)
+    monkeypatch.setattr(launchers, "find_spec", lambda _package: None)
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(CONF), **VERSION_BASE):

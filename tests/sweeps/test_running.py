@@ -45,7 +45,7 @@ class TestLaunchers:
     def test_one_that_starts_nothing_ends_the_sweep_with_its_error(self, tiny_run, error, says):
         swept = compose_sweep(tiny_run("seed=0,1"))
 
-        def broken(folder, goals):
+        def broken(_folder, _goals):
             if error:
                 raise error
 
@@ -58,7 +58,7 @@ class TestLaunchers:
         busy, free = swept.cells
         monkeypatch.setattr(SweepCell, "state", lambda own: "running" if own is busy and not launched else state(own))
 
-        def launch(folder, goals):
+        def launch(_folder, goals):
             launched.append([goal.run_id for goal in goals])
             swept.control.drop(launched[-1])
 
@@ -134,7 +134,7 @@ def test_finished_on_other_data_is_not_finished(finished_run, monkeypatch):
     cell = SweepCell((), finished_run())
     assert launching.changed_inputs([cell]) == {}
     changed = {**inputs.row_digests(cell.config), "train": "other"}
-    monkeypatch.setattr(inputs, "row_digests", lambda config: changed)
+    monkeypatch.setattr(inputs, "row_digests", lambda _config: changed)
     assert "finished on other train data" in launching.changed_inputs([cell])[cell.run_id]
 
 

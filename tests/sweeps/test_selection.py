@@ -30,18 +30,13 @@ def test_select_chooses_on_validation_and_tests_the_chosen_alone(tiny_run, finis
     for cell in sweep.cells:
         finish(cell.config)
     chosen = selection.select_rates(sweep, "loss")
-    assert [(c.configuration, c.lrs, c.seeds, c.trials) for c in chosen.choices] == [
-        (name, [1e-3, 1e-2], 2, 4) for name in ("LoRA", "TABuv")
-    ]
+    found = [(choice.configuration, choice.lrs, choice.seeds, choice.trials) for choice in chosen.choices]
+    assert found == [(name, [1e-3, 1e-2], 2, 4) for name in ("LoRA", "TABuv")]
     for choice in chosen.choices:
-        losses = {
-            lr: sum(
-                cell.folder.record().training.validation_loss_last / 2
-                for cell in sweep.cells
-                if (cell.config.tying.name, cell.config.train.lr) == (choice.configuration, lr)
-            )
-            for lr in choice.lrs
-        }
+        losses = dict.fromkeys(choice.lrs, 0.0)
+        for cell in sweep.cells:
+            if cell.config.tying.name == choice.configuration:
+                losses[cell.config.train.lr] += cell.folder.record().training.validation_loss_last / 2
         assert choice.lr == min(losses, key=losses.get)
         assert choice.edge
     scored = selection.score_test(sweep, chosen)
@@ -57,8 +52,19 @@ def test_select_chooses_on_validation_and_tests_the_chosen_alone(tiny_run, finis
 @pytest.fixture
 def chosen() -> Selection:
     choice = RateChoice(
-        *("llama", "chain_sum", "TABuv", 8, 1e-3, [1e-4, 1e-3, 1e-2]),
-        *("exact_match_strict", 0.25, 2, 6, 0, False, ["TABuv-1", "TABuv-2"]),
+        "llama",
+        "chain_sum",
+        "TABuv",
+        8,
+        1e-3,
+        [1e-4, 1e-3, 1e-2],
+        "exact_match_strict",
+        0.25,
+        2,
+        6,
+        0,
+        False,
+        ["TABuv-1", "TABuv-2"],
     )
     return Selection("sweep-1a2b3c4d", "score", [choice])
 
@@ -82,8 +88,22 @@ def test_selection_json_is_read_as_it_was_written_and_damage_is_one_line_that_na
     tree = json.loads(file.read_text())
     assert list(tree) == ["sweep", "by", "choices", "searches"]
     assert list(tree["choices"][0]) == [
-        *("model", "task", "configuration", "rank", "lr", "lrs", "metric", "value", "seeds", "trials", "failed"),
-        *("edge", "run_ids", "test", "test_metric", "selection_seeds"),
+        "model",
+        "task",
+        "configuration",
+        "rank",
+        "lr",
+        "lrs",
+        "metric",
+        "value",
+        "seeds",
+        "trials",
+        "failed",
+        "edge",
+        "run_ids",
+        "test",
+        "test_metric",
+        "selection_seeds",
     ]
     file.write_text(json.dumps({**tree, "choices": [{**tree["choices"][0], "lr": "high"}]}))
     with pytest.raises(UserError, match=r"selection\.json: 'choices\.0\.lr' is 'high'"):

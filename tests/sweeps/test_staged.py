@@ -42,7 +42,7 @@ def searched(tiny_run):
     return sweep, launcher
 
 
-def test_it_runs_a_part_of_the_grid_and_scores_only_the_chosen_runs(searched, capsys):
+def test_it_runs_a_part_of_the_grid_and_scores_only_the_chosen_runs(searched):
     sweep, launcher = searched
     selected = read_selection(sweep.path / "selection.json")
     ((choice,), (search,)) = selected.choices, selected.searches
@@ -115,7 +115,7 @@ def test_a_full_grid_continues_the_pruned_runs_exactly_and_trains_no_finished_on
     assert (sweep.path / "selection.json").read_text() == decided
 
 
-def test_a_failure_that_is_no_divergence_is_named_and_tried_again(tiny_run, monkeypatch, capsys):
+def test_a_failure_that_is_no_divergence_is_named_and_tried_again(tiny_run, capsys):
     sweep = compose_sweep(tiny_run(*GRID))
 
     def failing(folder, goals):
@@ -145,7 +145,7 @@ def test_a_rate_outside_the_grid_takes_the_options_of_the_present_start(tiny_run
                 if cell.name.lr not in (1e-3, 1e-2):
                     fail(cell, "RuntimeError: out of memory\n")
 
-    words = [*("train.lr=1e-3,1e-2", "seed=0", "train.steps=8", "train.validate_every=2")]
+    words = ["train.lr=1e-3,1e-2", "seed=0", "train.steps=8", "train.validate_every=2"]
     options = search_options(rungs=[0.5])
     sweep = compose_sweep(tiny_run(*words))
     with pytest.raises(SystemExit):

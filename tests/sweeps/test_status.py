@@ -29,8 +29,21 @@ from tiedlora.sweeps.status import find_sweep, frame, news, views
 from tiedlora.text import aligned
 
 CELL_KEYS = [
-    *("run_id", "overrides", "model", "task", "configuration", "rank", "lr", "seed", "trainable", "state"),
-    *("metric", "score", "validation_loss", "error", "seconds"),
+    "run_id",
+    "overrides",
+    "model",
+    "task",
+    "configuration",
+    "rank",
+    "lr",
+    "seed",
+    "trainable",
+    "state",
+    "metric",
+    "score",
+    "validation_loss",
+    "error",
+    "seconds",
 ]
 """The output of `scripts/sweep.py status --json`."""
 

@@ -101,8 +101,14 @@ def test_a_plan_is_printed_as_a_shell_reads_it(folder, script):
 
 
 WORDS = [
-    *("model=tiny_llama", "task.rows.validation=6", "task.max_new_tokens=4", "train.steps=2", "train.batch_size=2"),
-    *("train.warmup_steps=1", "train.threads=1", "task.rows.test=3"),
+    "model=tiny_llama",
+    "task.rows.validation=6",
+    "task.max_new_tokens=4",
+    "train.steps=2",
+    "train.batch_size=2",
+    "train.warmup_steps=1",
+    "train.threads=1",
+    "task.rows.test=3",
 ]
 
 
@@ -117,7 +123,14 @@ def outputs(tmp_path_factory, finish):
         finish(config)
         ids.append(run_id(config))
     choice = RateChoice(
-        *("llama", "chain_sum", "TABuv", 8, 1e-2, [1e-2], "validation/loss", 5.0),
+        "llama",
+        "chain_sum",
+        "TABuv",
+        8,
+        1e-2,
+        [1e-2],
+        "validation/loss",
+        5.0,
         **{"seeds": 2, "trials": 3, "failed": 0, "edge": False, "run_ids": sorted(ids, reverse=True)},
     )
     # A sweep, and that of a later look.

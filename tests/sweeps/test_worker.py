@@ -67,7 +67,7 @@ def test_it_holds_the_lock_from_the_start_to_the_end(frozen, monkeypatch):
     (cell,) = (swept := frozen("seed=0")).cells
     seen = []
 
-    def main(config):
+    def main(_config):
         other = threading.Thread(target=lambda: seen.append(cell.state()))
         other.start()
         other.join()
@@ -105,7 +105,7 @@ def test_a_killed_worker_costs_its_cell_one_retry(frozen, monkeypatch, caplog):
 
 
 def test_a_failure_that_cannot_be_written_ends_the_sweep(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "main", lambda config: 1 / 0)
+    monkeypatch.setattr(run, "main", lambda _config: 1 / 0)
     monkeypatch.setattr(storage, "write_bytes", lambda *_: os.stat("/no/such/place"))
     with pytest.raises(UserError, match=r"error\.txt: cannot be written, so the sweep ends \(ZeroDivisionError"):
         run_cell(SweepCell((), tiny_config()), SweepControl(tmp_path))
@@ -114,7 +114,7 @@ def test_a_failure_that_cannot_be_written_ends_the_sweep(tiny_config, tmp_path, 
 def test_a_failed_cells_tensors_are_gone_when_its_memory_is_freed(tiny_config, tmp_path, monkeypatch):
     tensors, alive = [], []
 
-    def fail(config):
+    def fail(_config):
         tensor = torch.zeros(1)
         tensors.append(weakref.ref(tensor))
         raise RuntimeError("out of memory")

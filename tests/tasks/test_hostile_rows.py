@@ -64,7 +64,7 @@ def test_hostile_texts_that_are_rows_train_and_score(tmp_path, tiny_run):
         assert len(rows_of(folder_of(config), "validation")) == 8
 
 
-def test_options_of_generated_rows(tmp_path):
+def test_wrong_options_of_generated_rows_are_refused():
     for override, says in (
         ("task.options.rows=3", "rows and parameters must be mappings"),
         ("task.options.dataset=no_such", "reasoning-gym refuses them"),

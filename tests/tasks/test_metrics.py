@@ -125,7 +125,7 @@ class OwnTask(Task):
     metrics = ("right",)
     given: dict[str, dict]
 
-    def score(self, output, example):
+    def score(self, _output, example):
         return self.given[example.id]
 
 

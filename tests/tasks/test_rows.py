@@ -34,7 +34,7 @@ def test_a_missing_source_and_a_fetch_without_the_hub_are_one_line_with_three_wa
 
 def test_fetch_writes_what_training_reads(tmp_path, monkeypatch):
     more = {"asked": datetime.date(2026, 1, 2), "weight": math.nan}
-    monkeypatch.setattr(Task, "hub_rows", lambda self, split: [DataRow("hub", {**GOOD["squad"], **more})])
+    monkeypatch.setattr(Task, "hub_rows", lambda _self, _split: [DataRow("hub", {**GOOD["squad"], **more})])
     fetch(["task=squad", f"data_root={tmp_path}"])
     (example,) = load_examples(task_option("squad", "task.rows.validation=1"), "validation", str(tmp_path))
     assert example == replace(one_example("squad", GOOD["squad"]), id="q1", cluster="Rome")
@@ -61,7 +61,9 @@ def test_files_of_editors_on_windows_are_read_as_any_other(tmp_path):
         (tmp_path / name / "gsm8k").mkdir(parents=True)
         (tmp_path / name / "gsm8k" / "test.jsonl").write_bytes(data)
     (tmp_path / "claims.yaml").write_bytes(mark + b"claims:\r\n- name: x\r\n")
-    plain, windows = (load_examples(task_option("gsm8k"), "test", str(tmp_path / at)) for at in ("plain", "windows"))
+    plain, windows = (
+        load_examples(task_option("gsm8k"), "test", str(tmp_path / folder)) for folder in ("plain", "windows")
+    )
     assert digest(windows) == digest(plain)
     # A mark that is no file's first character is part of the text.
     assert "\ufeff" in windows[1].prompt
@@ -83,7 +85,7 @@ def test_iwslt_pairs_come_out_of_the_official_zip(tmp_path, monkeypatch):
                 archive.writestr(f"de-en/IWSLT17.TED.{name}.de-en.{language}.xml", xml.format(f"{hello} {name}"))
         archive.writestr("de-en/IWSLT17.TED.tst2011.de-en.de.xml", xml.format("Hallo"))
         archive.writestr("de-en/IWSLT17.TED.tst2011.de-en.en.xml", "<seg>one</seg>")
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *arguments, **keywords: str(path))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_arguments, **_keywords: str(path))
 
     def pairs(split, sets):
         task = compose_task("iwslt2017", f"task.hub.splits.{split}={sets}")
@@ -92,7 +94,10 @@ def test_iwslt_pairs_come_out_of_the_official_zip(tmp_path, monkeypatch):
     assert pairs("train", "train") == [("Guten Tag.", "Good day."), ("Eins &amp; zwei", "One &amp; two")]
     rest = ("A &\nB", "A &\nB")
     assert pairs("test", "tst2010+tst2012") == [
-        *(("Hallo tst2010", "Hello tst2010"), rest, ("Hallo tst2012", "Hello tst2012"), rest)
+        ("Hallo tst2010", "Hello tst2010"),
+        rest,
+        ("Hallo tst2012", "Hello tst2012"),
+        rest,
     ]
     with pytest.raises(UserError, match="tst2011 has 2 German and 1 English"):
         pairs("test", "tst2011")

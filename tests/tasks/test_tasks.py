@@ -78,7 +78,10 @@ def test_references_of_one_dialogue_are_one_example(tmp_path):
     with pytest.raises(UserError, match=r"task\.rows\.test=3: there are only 2"):
         load_examples(task_option("dialogsum", "task.rows.test=3"), "test", str(tmp_path))
     write(tmp_path, "dialogsum", *({**row, "id": row["id"].replace("test", "dev")[:-2]} for row in rows[::3]))
-    assert [e.id for e in load_examples(task_option("dialogsum"), "test", str(tmp_path))] == ["dev_0", "dev_1"]
+    assert [example.id for example in load_examples(task_option("dialogsum"), "test", str(tmp_path))] == [
+        "dev_0",
+        "dev_1",
+    ]
     path = write(tmp_path, "dialogsum", rows[0], {**rows[1], "dialogue": "another"})
     with pytest.raises(UserError, match=re.escape(f"{path}:2: is grouped with")):
         load_examples(task_option("dialogsum"), "test", str(tmp_path))
@@ -113,9 +116,9 @@ def test_shuffled_targets_keep_prompts_and_references(tmp_path):
     write(tmp_path, "iwslt2017", *rows, split="train")
     plain = load_examples(task_option("iwslt2017"), "train", str(tmp_path))
     shuffled = load_examples(task_option("iwslt2017", "task.shuffle_targets=true"), "train", str(tmp_path))
-    assert [e.prompt for e in plain] == [e.prompt for e in shuffled]
+    assert [example.prompt for example in plain] == [example.prompt for example in shuffled]
     assert all(a.target != b.target for a, b in zip(plain, shuffled, strict=True))
-    assert sorted(e.target for e in plain) == sorted(e.target for e in shuffled)
+    assert sorted(example.target for example in plain) == sorted(example.target for example in shuffled)
     assert digest(plain) != digest(shuffled)
     words, data = "task.rows.validation=5", str(tmp_path)
     write(tmp_path, "iwslt2017", *rows, split="validation")
@@ -186,7 +189,9 @@ def test_validation_from_train_takes_whole_groups_and_no_prompt_is_in_both(seed,
     options = ["task.folder=grouped", "task.cluster=null", "task.validation_from_train=2", f"task.split_seed={seed}"]
     options += ["task.rows.train=null", "task.rows.validation=null"]
     task = Grouped(task_option("squad", *options).config)
-    train, validation = ([e.prompt for e in load_examples(task, s, str(tmp_path))] for s in ("train", "validation"))
+    train, validation = (
+        [example.prompt for example in load_examples(task, split, str(tmp_path))] for split in ("train", "validation")
+    )
     assert "".join(validation) == held_out
     assert not set(train) & set(validation)
     assert set(train) | set(validation) == set("abcd")

@@ -28,7 +28,8 @@ def home(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_without_a_key_there_is_no_tracker_and_what_the_user_says_decides(home, tiny_config, caplog, monkeypatch):
+@pytest.mark.usefixtures("home")
+def test_without_a_key_there_is_no_tracker_and_what_the_user_says_decides(tiny_config, caplog, monkeypatch):
     with caplog.at_level(logging.INFO, "tiedlora"):
         assert [run_trackers.backend_of(tiny_config()) for _ in range(3)] == ["none"] * 3
     assert [record.message for record in caplog.records if "tracking" in record.message] == [

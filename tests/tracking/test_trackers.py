@@ -51,7 +51,7 @@ def fake(monkeypatch) -> list[FakeTracker]:
 
 
 @pytest.fixture
-def faked(tiny_config, fake):
+def faked(tiny_config, fake):  # noqa: ARG001  (a fixture takes no mark, and this one makes the name valid)
     """A configuration with that tracker."""
 
     def build(*overrides):
@@ -81,16 +81,17 @@ def test_metrics_jsonl_is_first_and_a_resumed_segment_holds_the_whole_curve(fake
     assert read_metrics(file) == []
 
 
+@pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize("moment", ["start", "log", "log_answers", "finish"])
-def test_a_tracker_that_fails_is_one_warning_and_gets_nothing_more(moment, faked, fake, tmp_path, monkeypatch, caplog):
+def test_a_tracker_that_fails_is_one_warning_and_gets_nothing_more(moment, faked, tmp_path, monkeypatch, caplog):
     calls = []
 
-    def fail(*arguments):
+    def fail(*_arguments):
         calls.append(moment)
         raise RuntimeError("server on fire \x1b[31m")
 
     monkeypatch.setattr(FakeTracker, moment, fail)
-    monkeypatch.setattr(FakeTracker, "abandon", lambda tracker: None)
+    monkeypatch.setattr(FakeTracker, "abandon", lambda _tracker: None)
     folder = scored_run(tmp_path, [1.0])
     trackers = RunTrackers(TrackedRun("run", folder, faked(), 1), step=None)
     trackers.log(rows(1))
@@ -142,7 +143,7 @@ def test_a_run_starts_its_tracker_logs_every_row_and_ends_with_the_summary(faked
 
 
 def test_a_run_that_fails_ends_its_tracker_as_failed_and_a_pause_is_no_failure(faked, fake, monkeypatch):
-    def fail(*arguments):
+    def fail(*_arguments):
         raise RuntimeError("in the loop")
 
     assert run.main(faked("train.pause_after=2")) is None

@@ -22,9 +22,13 @@ from tiedlora.training.signals import StopSignal
 UNEVEN = [
     # Steps of 3, 3 and 1 rows: the second process has fewer passes than the first, and in each third step none.
     "task.options.rows={train: 7, validation: 12, test: 12}",
-    *("train.steps=5", "train.batch_size=3", "train.microbatch_size=1", "train.warmup_steps=1"),
+    "train.steps=5",
+    "train.batch_size=3",
+    "train.microbatch_size=1",
+    "train.warmup_steps=1",
     # Three batches of answers for two processes, which end after different numbers of tokens.
-    *("score.batch_size=5", "train.compile=never"),
+    "score.batch_size=5",
+    "train.compile=never",
 ]
 
 
@@ -48,12 +52,12 @@ class TestResume:
         monkeypatch.setattr(trainer, "mean_loss", lambda _: float(loaded[-1].parts["qkv.B"].detach().abs().sum()))
         votes = []
         with monkeypatch.context() as patch:
-            patch.setattr(StopSignal, "requested", lambda self: votes.append(1) or len(votes) >= 3)
-            in_world(lambda rank: run.main(config), [75, 75])
+            patch.setattr(StopSignal, "requested", lambda _self: votes.append(1) or len(votes) >= 3)
+            in_world(lambda _rank: run.main(config), [75, 75])
         return config
 
     def test_the_best_step_is_scored_also_if_it_was_before_the_stop(self, stopped):
-        ended = in_world(lambda rank: run.main(stopped))
+        ended = in_world(lambda _rank: run.main(stopped))
         assert "continuing from step 3" in ended[0][1]
         record = folder_of(stopped).finished_record()
         assert (record.training.scored_step, record.training.steps) == (0, 6)
@@ -84,7 +88,7 @@ def test_every_process_validates_and_scores_its_share(tiny_config, tmp_path, mon
         return padded_left(prompts, *more)
 
     monkeypatch.setattr(decoding, "padded_left", noted)
-    in_world(lambda rank: run.main(config))
+    in_world(lambda _rank: run.main(config))
     lines = asked.read_text().splitlines()
     assert sorted(int(line.split()[1]) for line in lines) == [2, 2, 5, 5, 5, 5], "base and adapted model"
     assert len({line.split()[0] for line in lines}) == 2
@@ -94,7 +98,7 @@ def test_every_process_validates_and_scores_its_share(tiny_config, tmp_path, mon
     assert first == second, "before the first step, all processes have the same model"
 
 
-def test_memory_that_runs_out_in_one_process_is_known_in_all(tiny_config, monkeypatch):
+def test_memory_that_runs_out_in_one_process_is_known_in_all():
 
     def score(rank):
         def rows_of(batch):
@@ -134,15 +138,15 @@ class TestShard:
     @pytest.mark.parametrize(
         "more", [["train.shard=false"], ["train.shard=true"], ["train.shard=true", "train.recompute_activations=true"]]
     )
-    def test_two_processes_are_one(self, finished_run, tiny_config, tmp_path, more, monkeypatch):
+    def test_two_processes_train_as_one(self, finished_run, tiny_config, tmp_path, more, monkeypatch):
         """docs/method.md: the loss is a mean over the target tokens of the whole step, however its rows are spread."""
         alone = folder_of(finished_run(*UNEVEN))
         config = tiny_config(*UNEVEN, f"outputs={tmp_path}/shared", *more)
         calls = iter(range(100))
         with monkeypatch.context() as patch:
             patch.setattr(StopSignal, "requested", lambda _: next(calls) == 1)
-            in_world(lambda rank: run.main(config), [75, 75])
-        ended = in_world(lambda rank: run.main(config))
+            in_world(lambda _rank: run.main(config), [75, 75])
+        ended = in_world(lambda _rank: run.main(config))
         assert "continuing from step 2" in ended[0][1]
         folder = folder_of(config)
         assert folder.path.name == alone.path.name, "neither processes nor sharding are part of the identity"
@@ -162,7 +166,7 @@ class TestShard:
 
     @pytest.mark.slow
     def test_each_process_holds_half_of_every_block_and_all_of_the_adapter(self, shared):
-        def held(rank):
+        def held(_rank):
             with distributed.join_world("cpu") as world:
                 loaded = load(shared, world)
                 for name, parameter in loaded.arm.model.named_parameters():

@@ -110,7 +110,7 @@ def test_a_zero_factor_freezes_a_part_and_clipped_steps_are_counted():
 
 def test_tokens_are_counted_without_padding_and_every_step_is_logged():
     _, log, state = finish()
-    sampler = BatchSampler([len(r) for r in ROWS], TrainConfig(batch_size=3), 0)
+    sampler = BatchSampler(list(map(len, ROWS)), TrainConfig(batch_size=3), 0)
     assert [row.step for row in log if "train/loss" in row.values] == list(range(1, 9))
     assert [row.step for row in log if "validation/loss" in row.values] == [0, 4, 8]
     assert state.tokens == sum(len(ROWS[i]) for step in range(1, 9) for i in sampler.rows_of_step(step))
@@ -296,7 +296,8 @@ class TestBatchSampler:
     def test_buckets_pad_less_and_still_mix_lengths_between_steps(self):
         def padding(sampler):
             batches = [[self.LENGTHS[i] for i in batch] for batch in sampler.epoch(0)]
-            return sum(len(b) * max(b) - sum(b) for b in batches), [max(b) for b in batches]
+            longest = list(map(max, batches))
+            return sum(len(batch) * most - sum(batch) for batch, most in zip(batches, longest, strict=True)), longest
 
         bucketed, longest = padding(self.sampler())
         plain, _ = padding(self.sampler(False))

@@ -14,7 +14,9 @@ from tiedlora.data.encoding import Encoded
 from tiedlora.training import loss as chunked
 
 LENGTHS = ((5, 4), (9, 1), (2, 12), (7, 7), (3, 90), (1, 170))
-ROWS = [Encoded(tuple(range(10, 10 + p)), (*range(40, 40 + t), 256)) for p, t in LENGTHS]
+ROWS = []
+for prompt_length, target_length in LENGTHS:
+    ROWS.append(Encoded(tuple(range(10, 10 + prompt_length)), (*range(40, 40 + target_length), 256)))
 
 
 def plain_loss(model, batch):
@@ -96,7 +98,7 @@ def test_the_logits_stay_within_their_memory(dtype, softcap, monkeypatch):
     peaks = {}
     for megabytes in (2, 8):
         with chunked.chunks_within(megabytes), PeakMemory(states, weight) as memory:
-            chunked._TokenLosses.apply(states, weight, None, labels, softcap).sum().backward()
+            chunked._TokenLosses.apply(states, chunked._Head(weight, None, softcap), labels).sum().backward()
         peaks[megabytes] = memory.peak / 1e6
     # Besides the logits there are a few numbers for each row.
     assert 0.9 * 2 < peaks[2] < 2 + 0.1, peaks

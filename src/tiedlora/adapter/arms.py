@@ -117,11 +117,11 @@ class Arm(ABC):
         """Name -> each parameter that the optimizer changes, once."""
         return {name: parameter for name, parameter in self.named_parameters().items() if parameter.requires_grad}
 
-    def parameter_groups(self, lr_factors: LrFactors) -> list[ParameterGroup]:
+    def parameter_groups(self, _lr_factors: LrFactors) -> list[ParameterGroup]:
         """The trained parameters with their rates and decay.
 
         Args:
-            lr_factors: factors for the parts A, B, u and v, if the arm has such parts.
+            _lr_factors: factors for the parts A, B, u and v, which only the project's own method has.
         """
         return groups_by_pattern(self.trained_parts(), self.spec.tying.lr_factors, self.spec.tying.no_decay)
 
@@ -159,7 +159,7 @@ class Arm(ABC):
         """How many numbers the tensors' file holds."""
         return sum(tensor.numel() for tensor in self.tensors().values())
 
-    def files_beside(self, base: BaseModelRecord) -> dict[str, object]:
+    def files_beside(self, _base: BaseModelRecord) -> dict[str, object]:
         """Name -> content of further JSON files beside adapter.json and the tensors."""
         return {}
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
+from typing_extensions import override
 
 from tiedlora.adapter import architectures, arms, files, linear
 from tiedlora.adapter.arms import Arm, ArmSpec
@@ -45,6 +46,7 @@ class Adapted(nn.Module):
     adapter_dropout: float
 
     def forward(self, x: Tensor) -> Tensor:
+        """The module's output plus the update, for inputs of any leading shape."""
         plain: Tensor = super().forward(x)
         dropped = F.dropout(x, self.adapter_dropout, self.training) if self.adapter_dropout else x
         return plain + F.linear(F.linear(dropped, self.folded_A), self.folded_B)
@@ -175,9 +177,11 @@ class Attached(Arm):
         """`target.part` -> its parameter, trained or frozen."""
         return self.adapter.parts()
 
+    @override
     def parameter_groups(self, lr_factors: LrFactors) -> list[ParameterGroup]:
         return self.adapter.parameter_groups(lr_factors)
 
+    @override
     def tensors(self) -> dict[str, Tensor]:
         return dict(files.stored_parts(self.adapter))
 
@@ -196,6 +200,11 @@ class Attached(Arm):
     save_pretrained = save
 
     def load_values(self, folder: Path) -> None:
+        """Take the values of another adapter of the same specification from its folder.
+
+        Raises:
+            UserError: the folder holds no adapter, or a damaged one.
+        """
         saved = files.load(folder)[0].parts()
         for name, parameter in self.adapter.parts().items():
             parameter.data.copy_(saved[name])
@@ -273,6 +282,7 @@ def attach(
     tying: Tying | str,
     rank: int = 8,
     alpha: float | None = None,
+    *,
     seed: int = 0,
     layout: Layout | None = None,
     scaling: str = "standard",
@@ -294,7 +304,7 @@ def attach(
     tying = named(tying) if isinstance(tying, str) else tying
     alpha = rank if alpha is None else alpha
     architecture = architectures.read(model, layout)
-    return attach_adapter(model, TiedAdapter(tying, rank, alpha, architecture, seed, scaling))
+    return attach_adapter(model, TiedAdapter(tying, rank, alpha, architecture, seed=seed, scaling=scaling))
 
 
 def attach_adapter(model: nn.Module, adapter: TiedAdapter, sharded: bool = False) -> Attached:

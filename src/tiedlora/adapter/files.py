@@ -106,7 +106,9 @@ def load(folder: Path) -> tuple[TiedAdapter, BaseModelRecord]:
     path, tree = folder / TENSORS, storage.read_json(folder / DESCRIPTION)
     try:
         saved = typed(_Description, tree, "an adapter's description")
-        check_specification(saved.tying, saved.rank, saved.alpha, saved.architecture, saved.seed, saved.scaling)
+        check_specification(
+            saved.tying, saved.rank, saved.alpha, saved.architecture, seed=saved.seed, scaling=saved.scaling
+        )
         if saved.format != (known := FORMATS[saved.scaling]):
             raise UserError(
                 f"format {saved.format} is not {known}, which this version reads for {saved.scaling} scaling"
@@ -120,7 +122,9 @@ def load(folder: Path) -> tuple[TiedAdapter, BaseModelRecord]:
     for name in sorted({*expected, *stored}):
         if (found := stored.get(name, "missing")) != (asked := expected.get(name, "no part")):
             raise UserError(f"{path}: {name} is {found}, expected {asked}")
-    adapter = TiedAdapter(saved.tying, saved.rank, saved.alpha, saved.architecture, saved.seed, saved.scaling)
+    adapter = TiedAdapter(
+        saved.tying, saved.rank, saved.alpha, saved.architecture, seed=saved.seed, scaling=saved.scaling
+    )
     with torch.no_grad():
         for name, part in stored_parts(adapter).items():
             part.copy_(tensors[name])
@@ -164,7 +168,8 @@ def start_from(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> Non
     if trained_on.quantization != base.quantization:
         log.warning(
             "train.init_from=%s: was trained on a base in %s, the base here is in %s",
-            *(folder, *(each.quantization or "full precision" for each in (trained_on, base))),
+            folder,
+            *(each.quantization or "full precision" for each in (trained_on, base)),
         )
     # If the terms have other names, the lists differ in length, and the names come first.
     for (key, theirs), (_, ours) in zip(_comparable(saved), _comparable(adapter), strict=False):

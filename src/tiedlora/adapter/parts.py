@@ -31,7 +31,7 @@ LARGEST_RANK = 2**16
 
 
 def check_specification(
-    tying: Tying, rank: int, alpha: float, architecture: Architecture, seed: int, scaling: str
+    tying: Tying, rank: int, alpha: float, architecture: Architecture, *, seed: int, scaling: str
 ) -> Tying:
     """The tying with typed values. Raises UserError unless an adapter can be made of these. It allocates nothing."""
     if method := getattr(tying, "method", None):
@@ -104,7 +104,7 @@ class TargetParts(nn.Module):
     v: nn.Parameter | None
 
     def __init__(
-        self, term: Term, rank: int, architecture: Architecture, target: str, name: str, seed: int, factor: float
+        self, term: Term, rank: int, architecture: Architecture, *, target: str, name: str, seed: int, factor: float
     ) -> None:
         super().__init__()
         self.target, self.term, self.factor = target, term, factor
@@ -164,11 +164,12 @@ class TiedAdapter(nn.Module):
         rank: int,
         alpha: float,
         architecture: Architecture,
+        *,
         seed: int,
         scaling: str = "standard",
     ) -> None:
         super().__init__()
-        tying = check_specification(tying, rank, alpha, architecture, seed, scaling)
+        tying = check_specification(tying, rank, alpha, architecture, seed=seed, scaling=scaling)
         self.tying, self.rank, self.alpha, self.architecture, self.seed = tying, rank, alpha, architecture, seed
         self.scaling, self.scale = scaling, spec.scale(alpha, rank, scaling)
         self.layers = spec.adapted_layers(tying, architecture)
@@ -177,7 +178,9 @@ class TiedAdapter(nn.Module):
         """`target`, or `target:term` if there are several terms -> its parts."""
         for name, (target, term) in spec.target_terms(tying).items():
             factor = spec.term_scale(term, alpha, rank, scaling, architecture) / self.scale
-            self.targets[name] = TargetParts(term, rank, architecture, target, name, seed, factor)
+            self.targets[name] = TargetParts(
+                term, rank, architecture, target=target, name=name, seed=seed, factor=factor
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TiedAdapter:
         """Move and cast the parts, but never below float32: `model.bfloat16()` would round off the steps of u and v."""

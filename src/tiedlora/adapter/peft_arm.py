@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tiedlora.adapter.arms import Arm, ArmSpec
 from tiedlora.description import BaseModelRecord
@@ -17,8 +18,12 @@ from tiedlora.errors import UserError
 from tiedlora.other_methods import PEFT_FILE, peft_classes, peft_config
 
 peft_classes()  # It says how to install PEFT, and keeps bitsandbytes quiet.
-from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict  # noqa: E402
-from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
+from peft import (  # noqa: E402  (only after that)
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402  (only after that)
 
 NAME = "default"
 """PEFT's name for the one adapter of a model. The names of its parameters contain it."""
@@ -75,33 +80,41 @@ class PeftArm(Arm):
         self.detach()
         raise UserError(f"tying.method={self.spec.tying.method}: {reason}; take other arguments, or another method")
 
+    @override
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {_short(name): value for name, value in self.peft.named_parameters() if id(value) not in self._own}
 
+    @override
     def buffers(self) -> dict[str, Tensor]:
         return {_short(name): value for name, value in self.peft.named_buffers() if id(value) not in self._own}
 
+    @override
     def changed_buffers(self) -> dict[str, Tensor]:
         at_start = self._at_start
         return {name: each for name, each in self.buffers().items() if at_start.get(name) != (id(each), each._version)}
 
+    @override
     def tensors(self) -> dict[str, Tensor]:
         with _quiet():
             return dict(get_peft_model_state_dict(self.peft, save_embedding_layers=False))
 
+    @override
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         with _quiet():
             set_peft_model_state_dict(self.peft, dict(tensors))
 
+    @override
     def enable(self) -> None:
         self.peft.base_model.enable_adapter_layers()
         # PEFT lets every parameter of the adapter be trained again, also those that its method freezes.
         for name, parameter in self.named_parameters().items():
             parameter.requires_grad_(self._is_trained[name])
 
+    @override
     def disable(self) -> None:
         self.peft.base_model.disable_adapter_layers()
 
+    @override
     def detach(self) -> None:
         with _quiet():
             self.peft.unload()
@@ -109,6 +122,7 @@ class PeftArm(Arm):
             delattr(self.model, name)
         self.model.requires_grad_(False)
 
+    @override
     def files_beside(self, base: BaseModelRecord) -> dict[str, object]:
         values = self.peft.peft_config[NAME].to_dict().items()
         tree = {name: sorted(value) if isinstance(value, set) else value for name, value in values}

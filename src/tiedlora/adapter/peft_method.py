@@ -11,6 +11,7 @@ from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tiedlora.adapter.attach import Attached, attach
 from tiedlora.adapter.linear import execution_device
@@ -104,12 +105,14 @@ class _AdapterStatus(nn.Module, BaseTunerLayer):
     def merged_adapters(self) -> list[str]:  # type: ignore[override]
         return self.active_adapters if self.tuner[0].attached.merged else []
 
+    @override
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the parts to the device of the adapted modules. PEFT asks for it after it has assigned saved values."""
         attached = self.tuner[0].attached
         adapted = attached.model.get_submodule(attached.adapter.paths()[0])
         attached.adapter.to(device or execution_device(adapted), torch.float32)
 
+    @override
     def _get_available_adapters(self) -> set[str]:
         return set(self.tuner[0].peft_config)
 
@@ -121,6 +124,7 @@ class TiedLoraModel(BaseTuner):
     uses_shared_state = True
     attached: Attached
 
+    @override
     @skip_init_on_device
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Attach a new adapter. PEFT loads saved values into it afterwards.
@@ -141,12 +145,19 @@ class TiedLoraModel(BaseTuner):
         assert isinstance(config, TiedLoraConfig)
         layout = None if config.layout is None else from_person(Layout, config.layout, prefix="TiedLoraConfig.layout.")
         self.attached = attach(
-            model, config.specification(), config.r, config.alpha, config.seed, layout, config.scaling
+            model,
+            config.specification(),
+            config.r,
+            config.alpha,
+            seed=config.seed,
+            layout=layout,
+            scaling=config.scaling,
         )
         self.status = _AdapterStatus(self)
         if config.inference_mode:
             self.attached.adapter.requires_grad_(False)
 
+    @override
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Train the parts that the specification trains; with `inference_mode`, train none."""
         self.active_adapter = adapter_name
@@ -154,24 +165,30 @@ class TiedLoraModel(BaseTuner):
             part = self.attached.adapter.specification(name)
             parameter.requires_grad_(part.trained and not inference_mode)
 
+    @override
     def enable_adapter_layers(self) -> None:
         self.attached.enable()
 
+    @override
     def disable_adapter_layers(self) -> None:
         self.attached.disable()
 
+    @override
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Add the update to the weights. `unmerge_adapter` restores them from a copy."""
         self.attached.merge()
 
+    @override
     def unmerge_adapter(self) -> None:
         self.attached.unmerge()
 
+    @override
     def delete_adapter(self, adapter_name: str) -> None:
         self.attached.detach()
         self.peft_config.pop(adapter_name)
         self.active_adapter = []
 
+    @override
     def _unload_and_optionally_merge(  # type: ignore[override]
         self, merge: bool = True, *args: Any, **kwargs: Any
     ) -> nn.Module:
@@ -183,6 +200,7 @@ class TiedLoraModel(BaseTuner):
         model: nn.Module = self.model
         return model
 
+    @override
     @classmethod
     def _get_adapter_state_dict(  # type: ignore[override]
         cls, *, state_dict: dict[str, Tensor], **kwargs: Any
@@ -190,10 +208,12 @@ class TiedLoraModel(BaseTuner):
         """Every part once, under its own name. (A shared part does not appear once for each layer.)"""
         return {key: value for key, value in state_dict.items() if f"{REGISTERED_AS}." in key}
 
+    @override
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         return key
 
+    @override
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise AssertionError("a tied adapter replaces no modules")
 

@@ -1,8 +1,7 @@
-"""The answer of the runs to each claim, for every model and task, and one verdict over all tasks of a claim.
+"""The answer of the runs to each claim, for every model and task.
 
 docs/results.md (Claims) says when each verdict is given: at the first planned look that decides, which later seeds do
-not change. A claim over several tasks is contradicted by Holm's procedure, so that many tasks do not make a wrong
-verdict more likely.
+not change.
 """
 
 from __future__ import annotations
@@ -243,7 +242,9 @@ def _answer(claim: Claim, pair: Pair | Unpaired, split: str, book: Scorebook) ->
     try:
         measure = _measure(claim, pair.method, split)
         ended = _ended(pair.sides, measure)
-        comparison = compare_planned(pair.method, pair.comparator, measure, book, pair.floor, claim.plan.seeds)
+        comparison = compare_planned(
+            pair.method, pair.comparator, measure, book, floor=pair.floor, planned=claim.plan.seeds
+        )
         sides = comparison.sides
     except NotComparable as why:
         reason = f"{pair.method.name} and {pair.comparator.name}{_over(pair)}: {why}"
@@ -262,7 +263,7 @@ def _answer(claim: Claim, pair: Pair | Unpaired, split: str, book: Scorebook) ->
         looks=decision.looks,
         sensitivity=sensitivity,
     )
-    reason = "; ".join(_notes(claim, pair, decision, measure, sides, words))
+    reason = "; ".join(_notes(claim, pair, decision, measure, sides, on_sensitivity=words))
     return asked(decision.verdict, reason, decision.decide, decision.is_futile, measure, findings)
 
 
@@ -281,7 +282,7 @@ def _difference(pair: Pair, measure: Measure, book: Scorebook) -> Estimate | Non
 
 
 def _notes(
-    claim: Claim, pair: Pair, decision: _Decision, measure: Measure, sides: Sides, on_sensitivity: str
+    claim: Claim, pair: Pair, decision: _Decision, measure: Measure, sides: Sides, *, on_sensitivity: str
 ) -> Iterator[str]:
     """The reason of an answer, and what a reader must know of its sides."""
     method, comparator, rows = pair.method, pair.comparator, sides.method.shape[1]
@@ -321,33 +322,17 @@ def _sensitivity(
     Returns:
         What it says, also in words.
     """
-    weakest = pair.weakest
-    if weakest is None or not decision.looks:
+    if pair.weakest is None or not decision.looks:
         return "", ""
-    if isinstance(weakest, Unpaired):
-        return "not shown", f"sensitivity not shown: {weakest.problem}"
-    arm, peer, rule, plan = weakest.method, weakest.comparator, claim.rule, claim.plan
-    # An arm is the same with other seeds, too.
-    name_of = attrgetter("setting", "label", "rank", "params")
-    if any(side is not None and name_of(side) == name_of(arm) for side in (pair.method, *peer.groups, pair.floor)):
-        return "not shown", f"sensitivity not shown: {arm.name} is a side of the comparison itself"
     try:
-        sides = compare_planned(arm, peer, measure, book, pair.floor, plan.seeds).sides
+        arm, look, seen = _weakest_at_look(claim, pair, decision.looks[-1].number, measure, book)
     except NotComparable as why:
-        return "not shown", f"sensitivity not shown: {arm.name}: {why}"
-    if rule.needs_zero and sides.zero is None:
-        return "not shown", f"sensitivity not shown: no base was scored beside {arm.name}"
-    # Later looks of the weakest arm may not change an answer that stands.
-    taken = range(decision.looks[-1].number + 1)
-    ended = _ended(weakest.sides, measure)
-    reached = [number for number in taken if set(plan.of_look(number)) <= set.intersection(*ended.values())]
-    if not reached or len(sides.of(plan.of_look(reached[-1])).seeds) < 2:
-        return "not shown", f"sensitivity not shown: {arm.name} does not have the seeds of a look"
-    look, who = reached[-1], f"{arm.name}, the weakest arm at look {reached[-1] + 1}"
-    seen, level = sides.of(plan.of_look(look)), plan.levels[look]
-    if rule.sees_too_little(seen):
-        return "not shown", f"sensitivity not shown: {arm.name}: {ALIKE}"
-    evidence = rule.evidence(seen)
+        return "not shown", f"sensitivity not shown: {why}"
+    level, evidence, who = (
+        claim.plan.levels[look],
+        claim.rule.evidence(seen),
+        f"{arm}, the weakest arm at look {look + 1}",
+    )
     if evidence.supported <= level and decision.verdict == Verdict.CONTRADICTED:
         return "not shown", f"the same is supported for {who}"
     if evidence.supported <= level:
@@ -355,6 +340,40 @@ def _sensitivity(
     if evidence.contradicted <= level:
         return "shown", f"sensitivity shown: the same is contradicted for {who}"
     return "not shown", f"sensitivity not shown: the same is undecided for {who}"
+
+
+def _weakest_at_look(
+    claim: Claim, pair: Pair, last_look: int, measure: Measure, book: Scorebook
+) -> tuple[str, int, Sides]:
+    """The name of the weakest arm, the latest look up to the last one that its seeds reach, and its scores there.
+
+    Raises:
+        NotComparable: the arm is a side of the comparison itself, or its scores reach no look or show nothing there.
+    """
+    weakest = pair.weakest
+    assert weakest is not None
+    if isinstance(weakest, Unpaired):
+        raise NotComparable(weakest.problem)
+    arm, peer, rule, plan = weakest.method, weakest.comparator, claim.rule, claim.plan
+    # An arm is the same with other seeds, too.
+    name_of = attrgetter("setting", "label", "rank", "params")
+    if any(side is not None and name_of(side) == name_of(arm) for side in (pair.method, *peer.groups, pair.floor)):
+        raise NotComparable(f"{arm.name} is a side of the comparison itself")
+    try:
+        sides = compare_planned(arm, peer, measure, book, floor=pair.floor, planned=plan.seeds).sides
+    except NotComparable as why:
+        raise NotComparable(f"{arm.name}: {why}") from why
+    if rule.needs_zero and sides.zero is None:
+        raise NotComparable(f"no base was scored beside {arm.name}")
+    # Later looks of the weakest arm may not change an answer that stands.
+    ended = set.intersection(*_ended(weakest.sides, measure).values())
+    reached = [number for number in range(last_look + 1) if set(plan.of_look(number)) <= ended]
+    if not reached or len(sides.of(plan.of_look(reached[-1])).seeds) < 2:
+        raise NotComparable(f"{arm.name} does not have the seeds of a look")
+    seen = sides.of(plan.of_look(reached[-1]))
+    if rule.sees_too_little(seen):
+        raise NotComparable(f"{arm.name}: {ALIKE}")
+    return arm.name, reached[-1], seen
 
 
 def _measure(claim: Claim, method: RunGroup, split: str) -> Measure:
@@ -388,11 +407,8 @@ def _decide(claim: Claim, zero: str, sides: Sides, ended: Mapping[str, set[int]]
     def undecided(reason: str, decide: str, is_futile: bool = False) -> _Decision:
         return _Decision(tuple(looks), Verdict.UNDECIDED, reason, decide, is_futile)
 
-    if rule.needs_zero and sides.zero is None:
-        decide = "the base model's scores (the run again, with score.base=true force=true)"
-        return undecided("the base model was not scored", decide)
-    if sides.method.shape[1] < 2:
-        return undecided("one row has no interval", "two or more rows")
+    if missing := _never_decided(rule, sides):
+        return undecided(*missing)
     for number, count in enumerate(plan.looks):
         declared = plan.of_look(number)
         if claim.shared_seeds(number):
@@ -415,6 +431,16 @@ def _decide(claim: Claim, zero: str, sides: Sides, ended: Mapping[str, set[int]]
             if looks[-1].verdict != Verdict.UNDECIDED:
                 return _Decision(tuple(looks), looks[-1].verdict, reason, looks[-1].decide)
     return undecided(reason, needs or "no planned look is left; a new plan with new seeds")
+
+
+def _never_decided(rule: Rule, sides: Sides) -> tuple[str, str] | None:
+    """Why no number of seeds can give a verdict on these sides, and what can; None if seeds can."""
+    if rule.needs_zero and sides.zero is None:
+        needs = "the base model's scores (the run again, with score.base=true force=true)"
+        return "the base model was not scored", needs
+    if sides.method.shape[1] < 2:
+        return "one row has no interval", "two or more rows"
+    return None
 
 
 def _look(claim: Claim, zero: str, seen: Sides, number: int) -> Look:
@@ -502,55 +528,6 @@ def next_look(claim: Claim, number: int, ended: Mapping[str, set[int]]) -> str:
     offsets = {"method": claim.method.seed_offset, "comparator": claim.comparator.seed_offset}
     later = [f"those of the {name} are counted from {offset}" for name, offset in offsets.items() if offset]
     return f"{words} ({'; '.join(later)})" if later else words
-
-
-@dataclass(frozen=True)
-class ClaimVerdict:
-    """The verdict on a claim for one model, and the answers that it rests on."""
-
-    claim: Claim
-    model: str
-    """Empty if no run of the claim exists."""
-    verdict: Verdict
-    reason: str
-    answers: tuple[Answer, ...]
-
-
-def claim_verdicts(answers: Sequence[Answer]) -> list[ClaimVerdict]:
-    """The verdicts over all tasks, in the order of the claims. Tasks without a run of a model are part of its verdict.
-
-    Args:
-        answers: those of one claim follow each other, as answer_claims returns them.
-    """
-    of_claim: dict[tuple[int, str], list[Answer]] = defaultdict(list)
-    for answer in answers:
-        of_claim[id(answer.claim), answer.model].append(answer)
-    return list(map(_over_tasks, of_claim.values()))
-
-
-def _over_tasks(answers: Sequence[Answer]) -> ClaimVerdict:
-    silent = (Verdict.UNINFORMATIVE, Verdict.CANNOT_FAIL, Verdict.NOT_RUN)
-    informative = [answer for answer in answers if answer.verdict not in silent]
-    rejected = rules.holm([answer.findings.contradicted_level for answer in answers])
-    contradicting = list(itertools.compress(answers, rejected))
-    supporting = [answer for answer in informative if answer.verdict == Verdict.SUPPORTED]
-    counts = f"{len(supporting)} of {len(informative)} informative tasks support it"
-    alone = [answer.task for answer in answers if answer.verdict == Verdict.CONTRADICTED]
-    counts += f"; contradicted on {', '.join(alone)}, not by Holm over {len(answers)} tasks" if alone else ""
-    not_run = [answer.task for answer in answers if answer.verdict == Verdict.NOT_RUN]
-    counts += f"; not run: {', '.join(not_run)}" if not_run else ""
-    if contradicting:
-        names = ", ".join(answer.task for answer in contradicting)
-        verdict, reason = Verdict.CONTRADICTED, f"contradicted on {names} (Holm over {len(answers)} tasks)"
-    elif all(answer.verdict == Verdict.NOT_RUN for answer in answers):
-        verdict, reason = Verdict.NOT_RUN, "no task is run"
-    elif not informative and not not_run:
-        verdict, reason = Verdict.UNINFORMATIVE, "no task is informative"
-    elif len(supporting) == len(informative) and not not_run:
-        verdict, reason = Verdict.SUPPORTED, counts
-    else:
-        verdict, reason = Verdict.UNDECIDED, counts
-    return ClaimVerdict(answers[0].claim, answers[0].model, verdict, reason, tuple(answers))
 
 
 def test_of(answer: Answer) -> tuple[object, ...]:

@@ -181,6 +181,7 @@ def compare(
     comparator: Peer,
     measure: Measure,
     book: Scorebook,
+    *,
     floor: RunGroup | None = None,
     among: Collection[int] | None = None,
 ) -> Comparison:
@@ -198,6 +199,7 @@ def compare_planned(
     comparator: Peer,
     measure: Measure,
     book: Scorebook,
+    *,
     floor: RunGroup | None,
     planned: Sequence[int],
 ) -> Comparison:
@@ -207,11 +209,11 @@ def compare_planned(
         NotComparable: as `match`, of the plan's seeds.
     """
     try:
-        comparison = compare(method, comparator, measure, book, floor)
+        comparison = compare(method, comparator, measure, book, floor=floor)
         # Read here, because one seed's damaged rows refuse all of them.
         _ = comparison.sides
     except NotComparable:
-        return compare(method, comparator, measure, book, floor, planned)
+        return compare(method, comparator, measure, book, floor=floor, among=planned)
     return comparison
 
 

@@ -61,6 +61,7 @@ class RunGroup:
 
     @property
     def rank(self) -> int:
+        """The rank of its arm."""
         return self.arm.rank
 
     @property
@@ -70,14 +71,17 @@ class RunGroup:
 
     @property
     def lr(self) -> float:
+        """The chosen learning rate."""
         return self.runs[0].lr
 
     @property
     def params(self) -> int:
+        """How many numbers are trained."""
         return self.runs[0].record.trainable_params
 
     @property
     def name(self) -> str:
+        """What tables and sentences call it: the configuration, and the rank where it does not stand there."""
         return self.configuration if self.is_other_method else f"{self.configuration} r={self.rank}"
 
     @property

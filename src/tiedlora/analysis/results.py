@@ -140,8 +140,17 @@ def result_rows(
         for metric in own:
             measure = Measure(splits[group.model, group.task], metric)
             is_shown, is_first = (group.setting, metric) in shown, metric == own[0]
-            peers = lora.get((group.setting, group.rank)), curves[group.setting]
-            rows.append(_row(group, measure, is_shown, is_first, *peers, book))
+            rows.append(
+                _row(
+                    group,
+                    measure,
+                    book,
+                    primary=is_shown,
+                    is_first=is_first,
+                    lora=lora.get((group.setting, group.rank)),
+                    lora_curve=curves[group.setting],
+                )
+            )
     return rows
 
 
@@ -159,11 +168,12 @@ def _shown(task: str, metrics: Sequence[str], claims: Sequence[Claim]) -> str:
 def _row(
     group: RunGroup,
     measure: Measure,
+    book: Scorebook,
+    *,
     primary: bool,
     is_first: bool,
     lora: RunGroup | None,
     lora_curve: Sequence[RunGroup],
-    book: Scorebook,
 ) -> ResultRow:
     """A row with its numbers.
 

@@ -95,10 +95,12 @@ class Run:
 
     @property
     def run_id(self) -> str:
+        """The id, which is also the name of its folder."""
         return self.record.run_id
 
     @property
     def arm(self) -> TrialArm:
+        """What was trained: the label, the rank and the configuration."""
         return self.record.arm
 
     @property
@@ -113,14 +115,17 @@ class Run:
 
     @property
     def task(self) -> str:
+        """The name of its task."""
         return self.record.identity.task.name
 
     @property
     def lr(self) -> float:
+        """The learning rate that it was trained with."""
         return self.record.identity.train.lr
 
     @property
     def seed(self) -> int:
+        """The seed of its start and of the order of its rows."""
         return self.record.seed
 
     @property

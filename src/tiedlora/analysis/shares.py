@@ -160,7 +160,7 @@ def share_panels(rows: Sequence[ResultRow], answers: Sequence[Answer], book: Sco
         for group in groups:
             # A note of the results says why scores cannot be compared.
             with suppress(NotComparable):
-                comparison = compare(group, reference, measure, book, floor)
+                comparison = compare(group, reference, measure, book, floor=floor)
                 if (share := rules.share(comparison.sides)) is not None:
                     arms.append(ArmShare(group, share, len(comparison.matched.seeds), group in on_curve))
         if arms:

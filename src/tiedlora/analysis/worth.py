@@ -37,14 +37,15 @@ class Worth:
     largest: float
 
     def __str__(self) -> str:
-        below, above = f"< {self.smallest:,.0f}", f"> {self.largest:,.0f}"
-        value, low, high = (
-            f"{size:,.0f}" if self.smallest <= size <= self.largest else above if size else below
-            for size in (self.value, self.low, self.high)
-        )
+        value, low, high = map(self._shown, (self.value, self.low, self.high))
         # An arm that is clearly beyond the curve needs no interval.
         is_beyond = self.value > self.low == self.largest or self.value < self.high == self.smallest
         return value if is_beyond else f"{value} [{low}, {high}]"
+
+    def _shown(self, size: float) -> str:
+        if self.smallest <= size <= self.largest:
+            return f"{size:,.0f}"
+        return f"> {self.largest:,.0f}" if size else f"< {self.smallest:,.0f}"
 
 
 def worth(group: RunGroup, sizes: Sequence[RunGroup], measure: Measure, book: Scorebook) -> Worth | None:

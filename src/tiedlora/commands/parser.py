@@ -19,4 +19,5 @@ class Parser(argparse.ArgumentParser):
         )
 
     def format_help(self) -> str:
+        """The help, with the command as it was called."""
         return as_called(super().format_help())

@@ -12,12 +12,14 @@
 The report reads the folder: python scripts/report.py studies/NAME
 """
 
+import argparse
 import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tiedlora import errors
@@ -39,6 +41,30 @@ REPEATED_LOSS = 0.05
 
 
 def main(words: list[str]) -> None:
+    arguments = read_arguments(words)
+    show_log()
+    if arguments.data_root:
+        # The cells of the plan take it from there.
+        os.environ["TIEDLORA_DATA"] = arguments.data_root
+    folder, part, own_words = arguments.study, arguments.part, arguments.words
+    planned = study.read_study(folder)
+    root = Path(folder_of("TIEDLORA_OUTPUTS") or PROJECT / "outputs")
+    outputs = (arguments.outputs or root / "studies" / planned.name).expanduser().absolute()
+    commands: dict[str, Callable[[], None]] = {
+        "plan": lambda: show_plan(planned, outputs, part),
+        "forecast": lambda: show_forecast(planned, outputs, part, own_words),
+        "run": lambda: carry_out(planned, folder, outputs, part),
+        "export": lambda: print(f"{study.export_study(folder, outputs)} runs in {folder / 'runs'}"),
+        "finish": lambda: print(f"{folder / study_files.ARCHIVE}: sha256 {study_files.finish(folder)}"),
+        "restore": lambda: print(f"{study.restore_study(folder, outputs)} runs copied to {outputs}"),
+        "repeat": lambda: repeat(folder, own_words, outputs / "repeated", arguments.data_root),
+        "verify": lambda: verify_runs(folder, own_words, arguments.data_root),
+    }
+    commands[arguments.what]()
+
+
+def read_arguments(words: list[str]) -> argparse.Namespace:
+    """The words of the command line. An option that the command would not use is refused."""
     parser = Parser(__doc__)
     parser.add_argument("what", choices=("plan", "forecast", "run", "export", "finish", "restore", "repeat", "verify"))
     parser.add_argument("study", type=filled("STUDY", Path), help="the study's folder")
@@ -60,30 +86,12 @@ def main(words: list[str]) -> None:
         raise UserError(f"--part: is for plan, forecast and run; {arguments.what} takes the whole study")
     if arguments.outputs and arguments.what == "verify":
         raise UserError("--outputs: verify checks the records in the study's folder; leave it out")
-    show_log()
-    if arguments.data_root:
-        # The cells of the plan take it from there.
-        os.environ["TIEDLORA_DATA"] = arguments.data_root
-    planned = study.read_study(arguments.study)
-    root = Path(folder_of("TIEDLORA_OUTPUTS") or PROJECT / "outputs")
-    outputs = (arguments.outputs or root / "studies" / planned.name).expanduser().absolute()
-    if arguments.what == "plan":
-        for part, words, _ in planned.composed(outputs, arguments.part):
-            print(f"{part}: python train.py --multirun {' '.join(map(shown, words))}")
-    elif arguments.what == "forecast":
-        show_forecast(planned, outputs, arguments.part, arguments.words)
-    elif arguments.what == "run":
-        carry_out(planned, arguments.study, outputs, arguments.part)
-    elif arguments.what == "export":
-        print(f"{study.export_study(arguments.study, outputs)} runs in {arguments.study / 'runs'}")
-    elif arguments.what == "finish":
-        print(f"{arguments.study / study_files.ARCHIVE}: sha256 {study_files.finish(arguments.study)}")
-    elif arguments.what == "restore":
-        print(f"{study.restore_study(arguments.study, outputs)} runs copied to {outputs}")
-    elif arguments.what == "verify":
-        verify_runs(arguments.study, arguments.words, arguments.data_root)
-    else:
-        repeat(arguments.study, arguments.words, outputs / "repeated", arguments.data_root)
+    return arguments
+
+
+def show_plan(planned: study.Study, outputs: Path, part: str | None) -> None:
+    for name, words, _ in planned.composed(outputs, part):
+        print(f"{name}: python train.py --multirun {' '.join(map(shown, words))}")
 
 
 def shown(word: str) -> str:

@@ -66,40 +66,47 @@ def explain(error: BaseException) -> str:
     text = " ".join(message for message in map(str, causes) if not message.startswith("Error merging override "))
     # "Could not load" stands in the message about a list of options, such as +grid=[papr,quick].
     if match := re.search(r"Could not (?:find|load) '([\w-]+)/(.*?)'", text):
-        group, option = match.groups()
-        if group == "tying" and option in RENAMED:
-            return f"tying={option}: {RENAMED[option]}"
-        names = []
-        if group == "hydra":
-            inner, _, option = option.partition("/")
-            group, names = f"hydra/{inner}", ["basic"] if inner == "launcher" else []
-        names += options(group)
-        choose = f"; choose one of {', '.join(names)}" if names else ""
-        hint = ", or set any number as rank.r=NUMBER" if group == "rank" else nearest(option, names)
-        return f"{group}={option}: no such option{choose}{hint}"
+        return _unknown_option(match[1], match[2])
     if match := re.search(r"Could not override '([\w.]+)'|Key '([\w.]+)' (?:is )?not in '?(\w+)", text):
-        key = _full_key(text) or match[1] or match[2]
-        if key == "grid":
-            return "grid: unknown key; a grid is added as +grid=NAME, and several as '+grid=[NAME,NAME]'"
-        if key.startswith("hydra."):
-            group, name = f"hydra/{key.split('.')[1]}", key.rpartition(".")[2]
-            files = sorted((CONF / group).glob("*.yaml"))
-            having = [file.stem for file in files if re.search(rf"^ *{name}:", file.read_text(), re.MULTILINE)]
-            needs = f"; {name} needs {group}={' or '.join(having)}" if having else ""
-            return f"{key}: unknown key of the chosen options{needs}"
-        mapping = key.rpartition(".")[0]
-        if isinstance(getattr(schema_keys().get(mapping), mapping.rpartition(".")[2], None), dict):
-            return f"{key}: unknown key; a key of {mapping} is added as +{key}=VALUE"
-        return f"{key}: unknown key{nearest(key, schema_keys())}; `python train.py --cfg job` shows them all"
+        return _unknown_key(_full_key(text) or match[1] or match[2])
     if match := re.search(r"Ambiguous value for argument '(.*?)'", text):
         return f"{visible(match[1]):.80}: has several values; only train.py --multirun takes them; a list is KEY=[A,B]"
     if isinstance(error, OverrideParseException):
         return (
             f"{visible(str(error.override)):.80}: cannot be parsed as KEY=VALUE ({visible(_first_sentence(text)):.80})"
         )
-    if key := _full_key(text):
-        return f"{key}: {_first_sentence(text)}. {help_of(key, schema_keys())}".removesuffix(". ")
-    return _first_sentence(text)
+    key, sentence = _full_key(text), _first_sentence(text)
+    return f"{key}: {sentence}. {help_of(key, schema_keys())}".removesuffix(". ") if key else sentence
+
+
+def _unknown_option(group: str, option: str) -> str:
+    """What to say of GROUP=OPTION. Hydra names hydra/launcher=NAME as the option launcher/NAME of the group hydra."""
+    if group == "tying" and option in RENAMED:
+        return f"tying={option}: {RENAMED[option]}"
+    names = []
+    if group == "hydra":
+        inner, _, option = option.partition("/")
+        group, names = f"hydra/{inner}", ["basic"] if inner == "launcher" else []
+    names += options(group)
+    choose = f"; choose one of {', '.join(names)}" if names else ""
+    hint = ", or set any number as rank.r=NUMBER" if group == "rank" else nearest(option, names)
+    return f"{group}={option}: no such option{choose}{hint}"
+
+
+def _unknown_key(key: str) -> str:
+    """What to say of a key that neither the schema nor the chosen options have."""
+    if key == "grid":
+        return "grid: unknown key; a grid is added as +grid=NAME, and several as '+grid=[NAME,NAME]'"
+    if key.startswith("hydra."):
+        group, name = f"hydra/{key.split('.')[1]}", key.rpartition(".")[2]
+        files = sorted((CONF / group).glob("*.yaml"))
+        having = [file.stem for file in files if re.search(rf"^ *{name}:", file.read_text(), re.MULTILINE)]
+        needs = f"; {name} needs {group}={' or '.join(having)}" if having else ""
+        return f"{key}: unknown key of the chosen options{needs}"
+    mapping = key.rpartition(".")[0]
+    if isinstance(getattr(schema_keys().get(mapping), mapping.rpartition(".")[2], None), dict):
+        return f"{key}: unknown key; a key of {mapping} is added as +{key}=VALUE"
+    return f"{key}: unknown key{nearest(key, schema_keys())}; `python train.py --cfg job` shows them all"
 
 
 def cause_chain(error: BaseException | None) -> Iterator[BaseException]:

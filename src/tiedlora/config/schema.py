@@ -66,6 +66,8 @@ LARGEST_SCORING = 65_536
 
 @dataclass
 class ModelConfig:
+    """`model`: the base model, where it comes from and the sizes that it must have."""
+
     name: Name = "???"
     """The model's name on the hub, or the name that it would have there. It is part of the identity."""
     revision: Name = "main"
@@ -98,6 +100,8 @@ class ModelConfig:
 
 @dataclass
 class RowCounts:
+    """`task.rows`: how many rows of each split are used."""
+
     train: Count | None = None
     """Training rows to use, the first ones of the split; null takes all."""
     validation: Count | None = None
@@ -108,6 +112,8 @@ class RowCounts:
 
 @dataclass
 class HubSource:
+    """`task.hub`: where scripts/fetch_data.py and a run without files get the rows."""
+
     id: Name | None = None
     """The data set's id on the hub; null if the task makes its own rows."""
     subset: Text | None = None
@@ -120,6 +126,8 @@ class HubSource:
 
 @dataclass
 class TaskConfig:
+    """`task`: the rows, the prompt made of a row, and what ends an answer."""
+
     __pydantic_config__ = CHECKED
 
     name: Name = "???"
@@ -166,6 +174,8 @@ class TaskConfig:
 
 @dataclass
 class RankConfig:
+    """`rank`: the rank of the update, and its scale."""
+
     r: Count = 8
     """The rank of every adapted projection."""
     alpha: Annotated[Number, Field(ge=1e-12, le=1e12)] | None = None
@@ -176,6 +186,8 @@ class RankConfig:
 
 @dataclass
 class TrainConfig:
+    """`train`: steps, batches, optimizer, schedule, precision, device and checkpoints."""
+
     steps: Count = 100
     """Optimizer steps."""
     batch_size: Count = 8
@@ -304,6 +316,8 @@ class ScoreConfig:
 
 @dataclass
 class TrackingConfig:
+    """`tracking`: the tracker that gets the metrics beside metrics.jsonl."""
+
     backend: Text = "none"
     """none (only metrics.jsonl), the name of the file in src/tiedlora/tracking/ that gets the metrics too, or auto (W&B
     where this machine is logged in, otherwise none)."""
@@ -321,6 +335,8 @@ class TrackingConfig:
 
 @dataclass
 class Config:
+    """The whole configuration of a run, as conf/config.yaml composes it."""
+
     __pydantic_config__ = CHECKED
 
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -108,45 +108,55 @@ def nearest_size(count: Callable[[int], int | None], budget: int, highest: int, 
     Raises:
         UserError: no value is possible.
     """
-    counts: dict[int, int] = {}
+    search = _SizeSearch(count, budget, highest)
+    search.count_new(1)
+    search.count_new(2)
+    for _ in range(TRIES):
+        value = search.guess()
+        # Some values are impossible, for example because they must divide a side of the matrix.
+        if value in search.counts or not any(map(search.count_new, (value, value - 1, value + 1))):
+            break
+    if not any(is_near(number, budget) for number in search.counts.values()):
+        for value in landmarks:
+            search.count_new(value)
+    if not search.counts:
+        raise UserError(f"budget={budget}: no value of the method's size is possible for this model")
+    best = search.nearest()[0]
+    search.count_new(best - 1)
+    search.count_new(best + 1)
+    return search.nearest()[0]
 
-    def count_new(value: int) -> bool:
+
+class _SizeSearch:
+    """The values that a search for a budget has counted so far."""
+
+    def __init__(self, count: Callable[[int], int | None], budget: int, highest: int) -> None:
+        self.count, self.budget, self.highest = count, budget, highest
+        self.counts: dict[int, int] = {}
+        """Value -> its number of parameters."""
+
+    def count_new(self, value: int) -> bool:
         """Count a value that is possible and not counted yet. Returns whether it was one."""
-        if not 1 <= value <= highest or value in counts or (number := count(value)) is None:
+        if not 1 <= value <= self.highest or value in self.counts or (number := self.count(value)) is None:
             return False
-        counts[value] = number
+        self.counts[value] = number
         return True
 
-    def distance(value: int) -> tuple[int, int]:
-        return abs(counts[value] - budget), value
+    def nearest(self) -> list[int]:
+        """The counted values, the one nearest to the budget first; of two, the lower one."""
+        return sorted(self.counts, key=lambda value: (abs(self.counts[value] - self.budget), value))
 
-    def guess() -> int:
+    def guess(self) -> int:
         """The value where a line reaches the budget: through the nearest point on each side, or the nearest two."""
+        counts, budget = self.counts, self.budget
         if len(counts) < 2:
             return 2 * next(iter(counts), 2)
-        first, *others = sorted(counts, key=distance)
+        first, *others = self.nearest()
         is_above = counts[first] > budget
         second = next((value for value in others if (counts[value] > budget) != is_above), others[0])
         slope = (counts[second] - counts[first]) / (second - first)
         reached = first + (budget - counts[first]) / slope if slope > 0 else 2 * max(counts)
-        return max(1, min(highest, round(reached)))
-
-    count_new(1)
-    count_new(2)
-    for _ in range(TRIES):
-        value = guess()
-        # Some values are impossible, for example because they must divide a side of the matrix.
-        if value in counts or not any(map(count_new, (value, value - 1, value + 1))):
-            break
-    if not any(is_near(number, budget) for number in counts.values()):
-        for value in landmarks:
-            count_new(value)
-    if not counts:
-        raise UserError(f"budget={budget}: no value of the method's size is possible for this model")
-    best = min(counts, key=distance)
-    count_new(best - 1)
-    count_new(best + 1)
-    return min(counts, key=distance)
+        return max(1, min(self.highest, round(reached)))
 
 
 def _peft_params(tying: TyingConfig, architecture: Architecture) -> int | None:

@@ -133,8 +133,9 @@ class BatchSampler:
         generator.shuffle(rows)
         if train.bucket:
             size = BUCKET_BATCHES * train.batch_size
-            chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
-            rows = [row for chunk in chunks for row in sorted(chunk, key=lambda row: self.lengths[row])]
+            for start in range(0, len(rows), size):
+                chunk = slice(start, start + size)
+                rows[chunk] = sorted(rows[chunk], key=self.lengths.__getitem__)
         batches = [
             rows[batch]
             for batch in split_by_limits([self.lengths[row] for row in rows], train.batch_size, train.batch_tokens)

@@ -38,7 +38,7 @@ def rows_not_packed() -> Iterator[None]:
     positions start again at 0), and Python waits for the answer.
     """
     find = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    masking_utils.find_packed_sequence_indices = lambda *_: None
     try:
         yield
     finally:
@@ -51,6 +51,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    *,
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
@@ -130,8 +131,8 @@ def _backward(ctx: Any, gradient: Tensor) -> Tensor:
 
 
 _opaque_softmax.register_fake(lambda scores: torch.empty_like(scores))
-_opaque_softmax_backward.register_fake(lambda gradient, weights: torch.empty_like(weights))
-_opaque_softmax.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output))
+_opaque_softmax_backward.register_fake(lambda _gradient, weights: torch.empty_like(weights))
+_opaque_softmax.register_autograd(_backward, setup_context=lambda ctx, _inputs, output: ctx.save_for_backward(output))
 
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, mask)

@@ -33,6 +33,7 @@ from tiedlora.models.identity import (
     known_digest,
     tokens_digest,
 )
+from tiedlora.tying import Architecture
 
 log = logging.getLogger(__name__)
 
@@ -112,13 +113,8 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
     else:
         folder = embedded_folder(cache) if config.source == "embedded" and not config.path else config.path
         model, tokenizer = _pretrained(config, folder, {"dtype": getattr(torch, dtype), **settings})
-    expected, loaded = config.architecture, architectures.read(model, config.architecture.layout)
-    for name in vars(expected):
-        if getattr(expected, name) != getattr(loaded, name):
-            raise UserError(
-                f"model.architecture.{name}={getattr(expected, name)}: the loaded model has {getattr(loaded, name)}; "
-                "correct the numbers in conf/model, because parameter counts are computed from them"
-            )
+    loaded = architectures.read(model, config.architecture.layout)
+    _check_sizes(config.architecture, loaded)
     _check_tokens(model, tokenizer)
     # A learned table of positions, as GPT-2's or OPT's. Rotary positions go on, and may be stretched.
     owner = model.get_submodule(layout_of(loaded).layers.rpartition(".")[0])
@@ -144,6 +140,16 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
     commit = getattr(model.config, "_commit_hash", None)
     record = BaseModelRecord(config.name, config.revision, digest or f"commit:{commit}", config.quantization)
     return BaseModel(model, tokenizer, record, digest is not None or commit is not None, token_files)
+
+
+def _check_sizes(expected: Architecture, loaded: Architecture) -> None:
+    """Refuse a model that has other sizes than its option of conf/model."""
+    for name in vars(expected):
+        if getattr(expected, name) != getattr(loaded, name):
+            raise UserError(
+                f"model.architecture.{name}={getattr(expected, name)}: the loaded model has {getattr(loaded, name)}; "
+                "correct the numbers in conf/model, because parameter counts are computed from them"
+            )
 
 
 def _check_tokens(model: Any, tokenizer: Any) -> None:

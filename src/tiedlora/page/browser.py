@@ -86,9 +86,12 @@ def _sheet(groups: Sequence[RunGroup], split: str, seeds: Sequence[int], most_by
     asked, columns = _columns([(group, run) for group, run in runs if run.seed in seeds], split, left_out)
     if not any(column.group for column in columns):
         return None
-    # A metric without a score of a row, such as BLEU, is not offered.
-    scored = (name for c in columns for name, own in c.scores.items() if any(score is not None for score in own))
-    metrics = list(dict.fromkeys(scored))
+    metrics: list[str] = []
+    for column in columns:
+        for name, own in column.scores.items():
+            # A metric without a score of a row, such as BLEU, is not offered.
+            if name not in metrics and any(score is not None for score in own):
+                metrics.append(name)
     answers, which = [], []
     for outputs in zip(*(column.outputs for column in columns), strict=True):
         # Whole texts are compared: those that differ only beyond the part that is shown still differ.
@@ -159,11 +162,10 @@ def _columns(
         if not any(row.prompt for row in asked):
             asked = rows
         outputs = [row.output if row.ended else None for row in rows]
-        scores = {
-            metric: [_score(row, metric) for row in own]
-            for record, own in zip(scored, (rows, *others), strict=True)
-            for metric in record.metrics
-        }
+        scores = {}
+        for record, own in zip(scored, (rows, *others), strict=True):
+            for metric in record.metrics:
+                scores[metric] = [_score(row, metric) for row in own]
         columns.append(_Column(head, group, run.seed, outputs, scores))
     return asked, columns
 
@@ -176,13 +178,14 @@ def _score(row: PredictionRow, metric: str) -> float | None:
 
 def _pair(columns: Sequence[_Column]) -> list[int]:
     """The two columns that are compared at first: LoRA and TABuv at one rank and seed, or else the first two runs."""
-    own = [(place, column.group, column.seed) for place, column in enumerate(columns) if column.group]
-    pairs = [
-        (lora.rank != tied.rank, seed != other_seed, first, second)
-        for first, lora, seed in own
-        for second, tied, other_seed in own
-        if lora.label == BASELINE and tied.label == "TABuv"
-    ]
+    of_label: dict[str, list[tuple[int, RunGroup, int]]] = defaultdict(list)
+    for place, column in enumerate(columns):
+        if column.group:
+            of_label[column.group.label].append((place, column.group, column.seed))
+    pairs = []
+    for first, lora, seed in of_label[BASELINE]:
+        for second, tied, other_seed in of_label["TABuv"]:
+            pairs.append((lora.rank != tied.rank, seed != other_seed, first, second))
     # The base model, if it is there, is the first column, and stands in for a second run that is missing.
     first = int(columns[0].group is None and len(columns) > 2)
     return list(min(pairs)[2:] if pairs else (first, min(first + 1, len(columns) - 1)))

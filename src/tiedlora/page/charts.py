@@ -180,14 +180,14 @@ def _against_parameters(ax: Axes, points: Sequence[Point]) -> None:
         ax.plot(*zip(*places, strict=True), color=colour, linewidth=0.8)
         for group, value, is_filled, _ in own:
             ax.plot([group.params] * 2, [value.low, value.high], color=colour, linewidth=1.2, alpha=0.75)
-            _mark(ax, group.params, value.value, colour, marker, is_filled)
+            _mark(ax, group.params, value.value, colour=colour, marker=marker, is_filled=is_filled)
     if not ax.get_xlabel():
         _count_axis(ax, [point.group.params for point in points])
     ordered = sorted(points, key=lambda point: order(point.group))
     _names(ax, [(point.group.params, point.value.value, point.name) for point in ordered])
 
 
-def _mark(ax: Axes, x: float, y: float, colour: str, marker: str, is_filled: bool = True) -> None:
+def _mark(ax: Axes, x: float, y: float, *, colour: str, marker: str, is_filled: bool = True) -> None:
     face = colour if is_filled else BACK
     ax.plot([x], [y], marker=marker, color=colour, markerfacecolor=face, linestyle="", clip_on=False, zorder=3)
 
@@ -326,12 +326,14 @@ def draw_search(ax: Axes, groups: Sequence[RunGroup]) -> None:
         for trial in group.trials:
             loss = trial.loss if trial.loss is not None and trial.loss > 0 else top
             shape = "x" if trial.ending == "failed" else marker
-            _mark(ax, trial.lr * shift, loss, colour, shape, trial.ending == "finished")
+            _mark(ax, trial.lr * shift, loss, colour=colour, marker=shape, is_filled=trial.ending == "finished")
             if trial.ending == "finished":
                 by_rate[trial.lr][trial.seed] = loss
         # The chosen rate may have later seeds too, which would make it another mean than that of the choice.
         shared = set.intersection(*map(set, by_rate.values())) if by_rate else set()
-        means = {rate: float(np.mean([by_rate[rate][seed] for seed in shared])) for rate in sorted(by_rate) if shared}
+        means: dict[float, float] = {}
+        for rate in sorted(by_rate) if shared else ():
+            means[rate] = float(np.mean([by_rate[rate][seed] for seed in shared]))
         ax.plot([rate * shift for rate in means], list(means.values()), color=colour, linestyle=dash, linewidth=1)
         if group.lr in means:
             ax.plot([group.lr * shift], [means[group.lr]], "o", color=INK, markersize=11, fillstyle="none", zorder=4)

@@ -221,7 +221,8 @@ def _handles(panels: Sequence[Panel]) -> list[Line2D]:
     verdicts = [Key(verdict, colour, marker, "", []) for verdict, (colour, marker) in VERDICTS.items()]
     return [
         Line2D(
-            *([], []),
+            [],
+            [],
             color=key.colour,
             marker=key.marker,
             markerfacecolor=BACK if key.name == "undecided" else key.colour,

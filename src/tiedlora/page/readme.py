@@ -175,7 +175,10 @@ def _answer(report: Report) -> Table:
             cells = [place and worth.get((name, place.reference.setting, place.measure)) for place in places]
             rows.append([*name, group.params, *cells, _against_equal_size(report, name)])
     columns = [
-        *(Column("model"), Column("configuration"), Column("rank", tables.WHOLE), Column("parameters", tables.COUNT)),
+        Column("model"),
+        Column("configuration"),
+        Column("rank", tables.WHOLE),
+        Column("parameters", tables.COUNT),
         *(Column(name, tables.WORTH) for name in panels),
         Column("better than LoRA of its size"),
     ]

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from tiedlora.analysis.answers import DECIDED, Answer, ClaimVerdict, error_note
+from tiedlora.analysis.answers import DECIDED, Answer, error_note
 from tiedlora.analysis.comparison import Estimate
 from tiedlora.analysis.groups import RunGroup
+from tiedlora.analysis.over_tasks import ClaimVerdict
 from tiedlora.analysis.results import ResultRow
 from tiedlora.analysis.runs import LeftOut
 from tiedlora.analysis.shares import SharePanel, at_least, share_in_words
@@ -101,6 +102,7 @@ class Column:
         return MISSING if cell is None else cell if isinstance(cell, str) else self.kind.text(cell)
 
     def csv(self, cell: Any) -> list[str]:
+        """The cells of CSV for a value: one for each of the column's names there."""
         if cell is None or isinstance(cell, str):
             first = MISSING if cell is None else safe_text(cell)
             return [first, *[MISSING] * (len(self.kind.endings) - 1)]
@@ -123,9 +125,11 @@ class Table:
 
     @property
     def head(self) -> list[str]:
+        """The names of the columns."""
         return [column.name for column in self.columns]
 
     def texts(self) -> list[list[str]]:
+        """The cells as texts, row by row."""
         return [[column.text(cell) for column, cell in zip(self.columns, row, strict=True)] for row in self.rows]
 
     def at(self, places: Sequence[int]) -> Table:
@@ -138,6 +142,7 @@ def estimate(
     name: str,
     of: Callable[[Any], Estimate | Interval | None],
     sign: str = "",
+    *,
     shown: Callable[[Unit, Interval, str], str] = Unit.text,
     parts: slice = slice(3),
     csv_name: str = "",
@@ -219,13 +224,19 @@ _LATEX = str.maketrans(
 
 
 def to_latex(table: Table) -> str:
+    """The table for LaTeX, with the rules of booktabs."""
     lines = [
         "% needs \\usepackage{booktabs}",
         r"\begin{table}",
         rf"\caption{{{_latex(table.caption)}}}",
         rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}",
-        *(r"\toprule", _latex_row(table.head), r"\midrule", *map(_latex_row, table.texts()), r"\bottomrule"),
-        *(r"\end{tabular}", r"\end{table}"),
+        r"\toprule",
+        _latex_row(table.head),
+        r"\midrule",
+        *map(_latex_row, table.texts()),
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{table}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -420,14 +431,17 @@ def _overview(model: str, rows: Sequence[ResultRow], folders: Sequence[LeftOut])
     settings = [(task, variant) for task, variant, _ in places]
     # The task's first metric needs no name, unless there is another one.
     named = {_place(row) for row in rows if not row.is_first or settings.count((row.group.task, row.group.variant)) > 1}
-    names = [
-        (f"{task} ({variant})" if variant else task) + (f", {metric}" if (task, variant, metric) in named else "")
-        for task, variant, metric in places
-    ]
+    names = []
+    for task, variant, metric in places:
+        name = f"{task} ({variant})" if variant else task
+        names.append(f"{name}, {metric}" if (task, variant, metric) in named else name)
 
     columns = [
-        *(Column("configuration"), Column("rank", WHOLE), Column("parameters", COUNT)),
-        *(Column("share of LoRA", SHARE), *(Column(name, TASK_SCORE) for name in names)),
+        Column("configuration"),
+        Column("rank", WHOLE),
+        Column("parameters", COUNT),
+        Column("share of LoRA", SHARE),
+        *(Column(name, TASK_SCORE) for name in names),
     ]
     caption = (
         f"{model}: score in points of 100, loss in nats (mean over seeds, n seeds) and, in brackets, the paired "

@@ -23,8 +23,9 @@ from tiedlora import storage
 from tiedlora.analysis import answers as claim_answers
 from tiedlora.analysis import claims as claim_files
 from tiedlora.analysis import shares
-from tiedlora.analysis.answers import Answer, ClaimVerdict, Verdict, claim_verdicts, error_note
+from tiedlora.analysis.answers import Answer, Verdict, error_note
 from tiedlora.analysis.groups import RunGroup, group_runs, short_commits
+from tiedlora.analysis.over_tasks import ClaimVerdict, claim_verdicts
 from tiedlora.analysis.results import ResultRow, result_rows
 from tiedlora.analysis.runs import LeftOut, Run, Scorebook, names_of, read_runs, read_selections, run_roots
 from tiedlora.analysis.shares import SharePanel, share_panels

@@ -17,8 +17,23 @@ from tiedlora.reading import Flag, StoredCount, StoredText
 STUDY_RECORDS = "studies/*/runs/**"
 """The records of studies, from the top of the checkout."""
 PACKAGES = (
-    *("torch", "numpy", "transformers", "tokenizers", "accelerate", "bitsandbytes", "gguf", "safetensors", "datasets"),
-    *("evaluate", "sacrebleu", "rouge-score", "peft", "reasoning-gym", "hydra-core", "scipy", "tiedlora"),
+    "torch",
+    "numpy",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "bitsandbytes",
+    "gguf",
+    "safetensors",
+    "datasets",
+    "evaluate",
+    "sacrebleu",
+    "rouge-score",
+    "peft",
+    "reasoning-gym",
+    "hydra-core",
+    "scipy",
+    "tiedlora",
 )
 """The packages that a result depends on. Their versions are recorded."""
 CHAT_TEMPLATE = "chat template"

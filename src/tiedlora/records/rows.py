@@ -80,6 +80,7 @@ class MetricsRow:
     values: dict[str, float | int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, float | int]:
+        """The line of metrics.jsonl."""
         return {"step": self.step, **self.values}
 
 
@@ -115,6 +116,7 @@ class ValidationLosses:
     """Each row's number of target tokens."""
 
     def to_json(self) -> dict[str, Any]:
+        """The line of validation_losses.jsonl."""
         return asdict(self)
 
 

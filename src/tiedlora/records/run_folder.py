@@ -152,15 +152,7 @@ class RunFolder:
             return State.MISSING
         try:
             with self.locked(patience):
-                has_result = self.result_file.exists()
-                # Checked again under the lock, because another process may have finished the run in between.
-                if is_scored and has_result:
-                    return State.DONE
-                if self.error_file.exists():
-                    return State.FAILED
-                if not has_result and pause_after is not None and self.checkpoint_step() >= pause_after:
-                    return State.PAUSED
-                return State.PRUNED if self.pruned_file.exists() and not has_result else State.INTERRUPTED
+                return self._state_at_rest(is_scored, pause_after)
         except Busy:
             return State.RUNNING
         except OSError:
@@ -168,6 +160,18 @@ class RunFolder:
             if self._is_held():
                 return State.RUNNING
             return State.FAILED if self.error_file.exists() else State.INTERRUPTED
+
+    def _state_at_rest(self, is_scored: bool, pause_after: int | None) -> State:
+        """The state while this process holds the lock."""
+        has_result = self.result_file.exists()
+        # Asked again under the lock, because another process may have finished the run in between.
+        if is_scored and has_result:
+            return State.DONE
+        if self.error_file.exists():
+            return State.FAILED
+        if not has_result and pause_after is not None and self.checkpoint_step() >= pause_after:
+            return State.PAUSED
+        return State.PRUNED if self.pruned_file.exists() and not has_result else State.INTERRUPTED
 
     def _is_held(self) -> bool:
         """Whether a process holds the lock, for a user who cannot write it."""

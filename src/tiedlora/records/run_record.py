@@ -45,6 +45,8 @@ class Named:
 
 @dataclass(frozen=True)
 class RankValues:
+    """`rank` of a recorded configuration."""
+
     r: StoredWhole
     alpha: StoredNumber | None = None
     scaling: StoredText = "standard"
@@ -52,6 +54,8 @@ class RankValues:
 
 @dataclass(frozen=True)
 class TrainValues:
+    """`train` of a recorded configuration, as far as readers use it."""
+
     lr: StoredNumber
     lr_factor: dict[StoredText, StoredNumber] | None = None
 
@@ -232,6 +236,7 @@ class RunRecord:
     """Whether the folder has the rows' texts. A study leaves them out, and may leave out the adapter's files."""
 
     def to_json(self) -> dict[str, Any]:
+        """The content of result.json. Configurations are written as they were read, with all their keys."""
         return {**plain(self), "arm": asdict(self.arm), "identity": self.identity.tree, "config": self.config.tree}
 
     @property

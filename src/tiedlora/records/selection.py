@@ -52,6 +52,7 @@ class RateChoice:
 
     @property
     def by(self) -> str:
+        """What chose the rate: the validation loss or a score."""
         return "loss" if self.metric == LOSS else "score"
 
 

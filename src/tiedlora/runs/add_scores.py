@@ -49,14 +49,7 @@ def add_scores(folder: RunFolder, config: Config, again: bool = False) -> None:
     wanted = wanted_scores(score.metrics, task, score.drift)
     if score.forgetting is not None:
         check_source(score.forgetting)
-    place = folder.path.resolve().parent
-    if place.name == study_files.RUNS and study_files.is_study(place.parent):
-        raise UserError(f"{folder.path}: is a study's record; copy it to outputs with scripts/study.py restore first")
-    if not folder.has_adapter:
-        raise UserError(
-            f"{folder.path}: is a study's record without its adapter, which scores need; repeat the run with another "
-            "outputs=, or here with force=true (then its other scores are made again too)"
-        )
+    _check_can_be_scored(folder)
     if finished.admission is not None:
         check_scores_mean_something(finished.admission, config)
     with StopSignal(), ExitStack() as undone:
@@ -66,20 +59,14 @@ def add_scores(folder: RunFolder, config: Config, again: bool = False) -> None:
         undone.callback(arm.detach)
         # Answers of a run's splits end alike.
         encoder = Encoder(base.tokenizer, config.task, config.model.context, finished.more_ends or ())
-        digests, here = {CHAT_TEMPLATE: encoder.template_digest}, package_versions()
-        if all(finished.versions.get(name) == here.get(name) for name in ("tokenizers", "transformers")):
-            # Another version of these packages may write the same rules in other words.
-            digests[TOKENIZER] = encoder.tokenizer_digest
-        for name, digest in digests.items():
-            if finished.versions.get(name) not in (None, digest):
-                raise UserError(f"{folder.path}: was trained with another {name} of the model; restore it")
+        _check_same_tokens(folder, finished, encoder)
         scorer = Scorer(arm, encoder, task, config, base.record)
         undone.enter_context(folder.locked())
         undone.enter_context(products.on_any_cpu(device, config.train.dtype))
         undone.enter_context(chunks_within(config.train.loss_memory_mb))
         folder.error_file.unlink(missing_ok=True)
         # Asked again now that no other process can add scores.
-        missing = {split: wanted for split in score.splits} if again else missing_scores(score, folder)
+        missing = dict.fromkeys(score.splits, wanted) if again else missing_scores(score, folder)
         for split, lacking in missing.items():
             examples = load_examples(task, split, config.data_root)
             _check_same_rows(folder, split, examples, lacking.kinds)
@@ -89,6 +76,29 @@ def add_scores(folder: RunFolder, config: Config, again: bool = False) -> None:
         forgetting = score.forgetting if again else forgetting_to_score(score, folder)
         if forgetting is not None:
             scorer.score_forgetting(forgetting, folder)
+
+
+def _check_can_be_scored(folder: RunFolder) -> None:
+    """Refuse a study's record, which never changes, and a run without its adapter."""
+    place = folder.path.resolve().parent
+    if place.name == study_files.RUNS and study_files.is_study(place.parent):
+        raise UserError(f"{folder.path}: is a study's record; copy it to outputs with scripts/study.py restore first")
+    if not folder.has_adapter:
+        raise UserError(
+            f"{folder.path}: is a study's record without its adapter, which scores need; repeat the run with another "
+            "outputs=, or here with force=true (then its other scores are made again too)"
+        )
+
+
+def _check_same_tokens(folder: RunFolder, finished: RunRecord, encoder: Encoder) -> None:
+    """Refuse a chat template or a tokenizer other than those of the training."""
+    digests, here = {CHAT_TEMPLATE: encoder.template_digest}, package_versions()
+    if all(finished.versions.get(name) == here.get(name) for name in ("tokenizers", "transformers")):
+        # Another version of these packages may write the same rules in other words.
+        digests[TOKENIZER] = encoder.tokenizer_digest
+    for name, current in digests.items():
+        if finished.versions.get(name) not in (None, current):
+            raise UserError(f"{folder.path}: was trained with another {name} of the model; restore it")
 
 
 def _check_same_rows(folder: RunFolder, split: str, examples: Sequence[Example], kinds: Sequence[Kind]) -> None:

@@ -55,6 +55,7 @@ class Scored:
 
     @property
     def record(self) -> ScoreRecord:
+        """The first line of its file."""
         return self.file.record
 
     @property

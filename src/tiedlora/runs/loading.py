@@ -230,7 +230,7 @@ def _attached(config: Config, base: BaseModel, rows: list[Encoded], world: World
         admission = _admission(config, spec, base, rows) if world.is_first else None
         return new_arm(base.model, spec), admission
     assert rank.alpha is not None
-    adapter = TiedAdapter(config.tying, rank.r, rank.alpha, architecture, config.seed, rank.scaling)
+    adapter = TiedAdapter(config.tying, rank.r, rank.alpha, architecture, seed=config.seed, scaling=rank.scaling)
     if config.train.init_from:
         folder = Path(config.train.init_from)
         if adapter_digest(folder) != config.train.init_digest:

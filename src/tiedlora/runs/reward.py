@@ -59,7 +59,7 @@ class Sampling:
     """
 
     def __init__(
-        self, seed: int, step: int, answers: int, length: int, temperature: float, device: torch.device = CPU
+        self, seed: int, step: int, answers: int, length: int, *, temperature: float, device: torch.device = CPU
     ) -> None:
         self.temperature = temperature
         self.entropies = torch.zeros(answers, length, device=device)
@@ -105,6 +105,7 @@ class Reward:
         scorer: Scorer,
         rows: Sequence[Encoded],
         examples: Sequence[Example],
+        *,
         rows_of_step: Callable[[int], list[int]],
         in_passes: Callable[[Sequence[Encoded]], list[Batch]],
         evaluating: Callable[[], AbstractContextManager[None]],
@@ -142,7 +143,7 @@ class Reward:
         length = scorer.config.task.max_new_tokens
         head = scorer.arm.model.get_output_embeddings()  # type: ignore[operator]
         device = execution_device(head)
-        sampling = Sampling(scorer.config.seed, step, len(asked), length, config.temperature, device)
+        sampling = Sampling(scorer.config.seed, step, len(asked), length, temperature=config.temperature, device=device)
 
         def answers(smaller: Scorer) -> list[tuple[Output, float]]:
             task, score = smaller.config.task, smaller.config.score

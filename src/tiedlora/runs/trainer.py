@@ -278,10 +278,10 @@ class Training:
             self.loaded.scorer,
             self.loaded.rows["train"].encoded,
             self.loaded.train_examples,
-            self.sampler.rows_of_step,
-            self._in_passes,
-            self._evaluating,
-            self.state.halvings,
+            rows_of_step=self.sampler.rows_of_step,
+            in_passes=self._in_passes,
+            evaluating=self._evaluating,
+            halvings=self.state.halvings,
         )
 
     def _batches(self, step: int) -> list[Batch]:
@@ -390,7 +390,9 @@ class Training:
         state.peak_memory_bytes = max(state.peak_memory_bytes, devices.peak_memory_bytes(loaded.device))
         if loaded.world.is_first:
             buffers = loaded.arm.changed_buffers()
-            checkpoint.save(self.folder.checkpoints, state, loaded.parts, self.optimizer, loaded.inputs, buffers)
+            checkpoint.save(
+                self.folder.checkpoints, state, loaded.parts, self.optimizer, loaded.inputs, buffers=buffers
+            )
 
     def _log_metrics(self, of_reward: dict[int, dict[str, float]], rows: list[MetricsRow]) -> None:
         """Log rows, each with what the reward has measured in its step, which is then dropped."""

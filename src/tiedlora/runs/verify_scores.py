@@ -172,14 +172,23 @@ def _first_line_again(
         # Comparisons use the first one. Other values than these are named above.
         if metrics.keys() == record.metrics.keys():
             others[f"the order of the metrics of {scored.name}"] = [*metrics], [*record.metrics]
-        if scored.base is not None and record.gain:
-            again = gains(rows, run.rows(scored.base), run.task, record.kind)
-            found["gain"] = _intervals(again, record.gain)
-        elif scored.is_base or record.kind == "drift" or (not record.gain and not record.base):
-            found["gain"] = {}
+        found |= _gain_again(run, scored, rows)
     except ValueError as error:
         others[f"what the rows of {scored.name} have"] = str(error), "the same scores in each"
     return run.beside_record(leaves({scored.key: found})) | others
+
+
+def _gain_again(run: CheckedRun, scored: Scored, rows: Sequence[PredictionRow]) -> dict[str, Any]:
+    """The key `gain` as the rows give it; empty if the base model's rows are not here.
+
+    Raises:
+        ValueError: the rows do not all have the same scores.
+    """
+    record = scored.record
+    if scored.base is not None and record.gain:
+        return {"gain": _intervals(gains(rows, run.rows(scored.base), run.task, record.kind), record.gain)}
+    has_none = scored.is_base or record.kind == "drift" or (not record.gain and not record.base)
+    return {"gain": {}} if has_none else {}
 
 
 def _intervals(again: Metrics, recorded: Metrics) -> dict[str, dict[str, object]]:
@@ -243,12 +252,12 @@ def _regenerate_file(run: CheckedRun, scorer: Scorer, scored: Scored, least: int
     asked = list(zip(chosen, rows, [recorded[place] for place in places], strict=True))
     is_elsewhere = not record.execution.rounds_as(here)
     if record.kind == "answers":
-        return _compared_outputs(run, scorer, check, asked, scored, is_elsewhere)
+        return _compared_outputs(run, scorer, check, asked, scored, is_elsewhere=is_elsewhere)
     return _compared_numbers(run, check, asked, scored, is_elsewhere)
 
 
 def _compared_outputs(
-    run: CheckedRun, scorer: Scorer, check: str, asked: Asked, scored: Scored, is_elsewhere: bool
+    run: CheckedRun, scorer: Scorer, check: str, asked: Asked, scored: Scored, *, is_elsewhere: bool
 ) -> Finding:
     """Whether the outputs come out as they were; on another device, whether rounding explains those that do not."""
     different = [(example, new, old) for example, new, old in asked if new.output != old.output]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from typing_extensions import override
 
 from tiedlora.data.batching import sent, split_by_limits
 from tiedlora.models.placement import input_device, without_gradients
@@ -61,7 +62,7 @@ def decode(
     model: Any,
     prompts: Sequence[Sequence[int]],
     ends: AnswerEnds,
-    progress: Callable[[int], None] = lambda rows: None,
+    progress: Callable[[int], None] = lambda _rows: None,
     choose: Choose | None = None,
 ) -> list[Output]:
     """Generate continuations of one batch, in the order of `prompts`.
@@ -140,6 +141,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.tokens = tokens
         self.buffers: list[Tensor] = []
 
+    @override
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         new_states = (key_states, value_states)
         start = self.get_seq_length()
@@ -152,6 +154,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
         return self.keys, self.values
 
+    @override
     def batch_select_indices(self, indices: Tensor) -> None:
         length = self.get_seq_length()
         self.buffers = [buffer.index_select(0, indices) for buffer in self.buffers]

@@ -54,7 +54,14 @@ Tokens = tuple[int, ...]
 TITLES: dict[Kind, str] = {"answers": "model on", "losses": "model's loss on", "drift": "model's drift on"}
 """The texts of progress bars."""
 PROTOCOL_KEYS = {
-    *("kind", "version", "prompt", "chat_template", "stop", "max_new_tokens", "max_prompt_tokens", "options"),
+    "kind",
+    "version",
+    "prompt",
+    "chat_template",
+    "stop",
+    "max_new_tokens",
+    "max_prompt_tokens",
+    "options",
 }
 """The keys of a task that decide what a model is asked and how its answer is scored."""
 

@@ -61,10 +61,12 @@ class SweepCell:
 
     @cached_property
     def run_id(self) -> str:
+        """The id of the cell's run."""
         return run_id(self.config)
 
     @property
     def folder(self) -> RunFolder:
+        """The folder of the cell's run."""
         return RunFolder(Path(self.config.outputs) / self.run_id)
 
     def finished(self) -> bool:
@@ -86,6 +88,7 @@ class SweepCell:
 
     @cached_property
     def arm(self) -> TrialArm:
+        """What the cell's run trains."""
         return arm_of(self.config)
 
 
@@ -149,6 +152,7 @@ class Sweep:
 
     @property
     def control(self) -> SweepControl:
+        """The files by which other commands steer the sweep."""
         return SweepControl(self.path)
 
     def freeze(self, cells: Iterable[SweepCell] | None = None) -> None:
@@ -227,6 +231,7 @@ class SweepControl:
             (self.folder / "dropped" / name).unlink(missing_ok=True)
 
     def is_dropped(self, run_id: str) -> bool:
+        """Whether `sweep.py drop` has taken the cell out of the sweep."""
         return (self.folder / "dropped" / run_id).exists()
 
     def take_retry(self, run_id: str) -> bool:

@@ -141,7 +141,7 @@ def observed_speeds(config: Config, tflops: float = TFLOPS) -> Speeds | None:
 
 
 @functools.lru_cache(maxsize=2000)
-def _record(path: Path, changed: int) -> RunRecord:
+def _record(path: Path, _changed: int) -> RunRecord:
     """The record in a result.json, which each model and task of a sweep asks for, as of the time of its last change."""
     return read_record(path)
 

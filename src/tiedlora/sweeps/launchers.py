@@ -241,7 +241,13 @@ class SubmititJobs:
         import submitit  # noqa: PLC0415
 
         of_every_queue = (
-            *("timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name"),
+            "timeout_min",
+            "cpus_per_task",
+            "gpus_per_node",
+            "tasks_per_node",
+            "mem_gb",
+            "nodes",
+            "name",
             "stderr_to_stdout",
         )
         given = {key: value for key, value in self.parameters.items() if value is not None}

@@ -21,7 +21,17 @@ from tiedlora.text import aligned, visible
 log = logging.getLogger(__name__)
 
 COLUMNS = (
-    *("model", "task", "configuration", "rank", "lr", "of rates", "validation", "seeds", "trials", "failed", "test"),
+    "model",
+    "task",
+    "configuration",
+    "rank",
+    "lr",
+    "of rates",
+    "validation",
+    "seeds",
+    "trials",
+    "failed",
+    "test",
     "",
 )
 EDGE_REMARK = "at the edge of the grid"
@@ -86,11 +96,12 @@ def choose(cells: Sequence[SweepCell], by: str) -> RateChoice:
     metric = LOSS if best.by == "loss" else validation_metric([runs[best.lr][chosen[0].config.seed]]) or LOSS
     # The rule takes more as better, so it has seen a loss with the other sign.
     value = -best.value if is_loss(metric) else best.value
-    return recorded_choice(best, chosen, metric, value, len(cells), sum(len(trial.failed) for trial in trials))
+    failures = sum(len(trial.failed) for trial in trials)
+    return recorded_choice(best, chosen, metric, value, trials=len(cells), failed=failures)
 
 
 def recorded_choice(
-    chosen: ChosenRate, runs: Sequence[SweepCell], metric: str, value: float, trials: int, failed: int
+    chosen: ChosenRate, runs: Sequence[SweepCell], metric: str, value: float, *, trials: int, failed: int
 ) -> RateChoice:
     """The chosen rate as selection.json holds it, without test scores.
 
@@ -208,9 +219,16 @@ def table(choices: Sequence[RateChoice]) -> str:
         numbers = (choice.seeds, choice.trials, choice.failed)
         rows.append(
             [
-                *(choice.model, choice.task, choice.configuration, str(choice.rank), f"{choice.lr:g}"),
-                *(str(len(choice.lrs)), shown(choice.value, choice.metric), *map(str, numbers)),
-                *(shown(choice.test, choice.test_metric), EDGE_REMARK if choice.edge else ""),
+                choice.model,
+                choice.task,
+                choice.configuration,
+                str(choice.rank),
+                f"{choice.lr:g}",
+                str(len(choice.lrs)),
+                shown(choice.value, choice.metric),
+                *map(str, numbers),
+                shown(choice.test, choice.test_metric),
+                EDGE_REMARK if choice.edge else "",
             ]
         )
         trials.setdefault((choice.model, choice.task), set()).add(choice.trials)

@@ -104,7 +104,9 @@ class Search:
             return None
         cells = [self.cell(chosen.lr, seed) for seed in self.plan.seeds]
         failed = sum(len(trial.failed) for trial in self.stage.trials())
-        choice = selection.recorded_choice(chosen, cells, LOSS, chosen.value, len(self.stage.asked), failed)
+        choice = selection.recorded_choice(
+            chosen, cells, LOSS, chosen.value, trials=len(self.stage.asked), failed=failed
+        )
         scores = [own for cell in cells if (own := read_run_scores(cell.folder).metrics("test"))]
         # The first metric that all seeds have on test.
         test, test_metric = (None, "") if len(scores) < len(cells) else selection.mean_score(scores)

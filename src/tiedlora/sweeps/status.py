@@ -76,6 +76,7 @@ class CellStatus:
 
     @property
     def run_id(self) -> str:
+        """The id of the cell's run."""
         return self.cell.run_id
 
     @property
@@ -185,6 +186,7 @@ def time_left(cells: Sequence[CellStatus]) -> dict[str, float]:
 
 
 def counts(cells: Iterable[CellStatus]) -> dict[str, int]:
+    """State -> how many cells are in it, for every state."""
     found = Counter(cell.state for cell in cells)
     return {state.value: found[state] for state in State}
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from pathlib import Path
@@ -45,7 +45,10 @@ _WORD = re.compile(r"\+{0,2}([A-Za-z_][\w./]*)=(.*)", re.ASCII | re.DOTALL)
 _SECTIONS = ("grid", *(name for name in SECTIONS if name not in ("outputs", "cache", "data_root", "force")))
 """What a word may set. The other keys of a run say where and how it is carried out, which is for the command."""
 _OF_HYDRA = (
-    *("hydra/sweeper", "hydra/launcher", "hydra.launcher.n_jobs", "hydra.launcher.devices"),
+    "hydra/sweeper",
+    "hydra/launcher",
+    "hydra.launcher.n_jobs",
+    "hydra.launcher.devices",
     *(f"hydra.sweeper.{item.name}" for item in fields(DecidingOptions) if item.name not in ("params", "arms")),
 )
 """The other keys of Hydra could start programs, or write elsewhere."""
@@ -199,12 +202,24 @@ def export_study(folder: Path, outputs: Path) -> int:
     runs = folder / RUNS
     if not outputs.is_dir():
         raise UserError(f"{outputs}: no such folder, so there are no runs to export; start the study with `run`")
+    _export_choices(outputs, runs)
+    with_adapter = _with_adapter(outputs, runs)
+    # A hidden folder is a copy that a kill has left incomplete.
+    paths = sorted(path for path in outputs.iterdir() if not path.name.startswith("."))
+    return sum(_export_run(RunFolder(path), runs, with_adapter) for path in paths)
+
+
+def _export_choices(outputs: Path, runs: Path) -> None:
+    """Copy the selection.json of each sweep. One that is being scored again lacks choices until it ends."""
     for path in sorted((outputs / "sweeps").glob(f"*/{SELECTION_FILE}")):
         kept_file = runs / "sweeps" / path.parent.name / SELECTION_FILE
-        # A sweep that is being scored again lacks choices until it ends.
         kept_choices = read_selection(kept_file).choices if kept_file.exists() else []
         if len(read_selection(path).choices) >= len(kept_choices):
             storage.write_bytes(kept_file, storage.read_bytes(path))
+
+
+def _with_adapter(outputs: Path, runs: Path) -> set[str]:
+    """The ids of the runs whose adapters the study keeps: one of each arm at its chosen rate."""
     choices = [read_selection(path).choices for path in (runs / "sweeps").glob(f"*/{SELECTION_FILE}")]
     of_arm: dict[str, list[RunRecord]] = defaultdict(list)
     for run_id in {name for items in choices for item in items for name in item.run_ids}:
@@ -216,36 +231,42 @@ def export_study(folder: Path, outputs: Path) -> int:
         # An adapter that was kept before stays the only one.
         kept = {record.run_id for record in records if RunFolder(runs / record.run_id).adapter.exists()}
         with_adapter |= kept or {min(records, key=attrgetter("seed")).run_id}
-    count = 0
-    # A hidden folder is a copy that a kill has left incomplete.
-    for path in sorted(path for path in outputs.iterdir() if not path.name.startswith(".")):
-        run, exported = RunFolder(path), RunFolder(runs / path.name)
-        if run.result_file.is_file():
-            record, kept_record = run.finished_record(), exported.record()
-            if record.run_id != path.name:
-                log.warning("%s: holds the run %s, so it is left out", path, record.run_id)
-                continue
-            if kept_record is None:
-                export_record(run, runs)
-            elif kept_record.files != record.files:
-                log.warning("%s: is another training of the run that the study keeps, so it is left out", path)
-                continue
-            # A record never changes. What was scored or chosen since is a new file.
-            export_scores(run, exported)
-            # A record that another study has kept with its adapter stays whole.
-            is_wanted = path.name in with_adapter or not record.keeps_texts
-            is_wanted = is_wanted and record.adapter_bytes <= LARGEST_ADAPTER
-            if is_wanted and run.has_adapter and not exported.has_adapter:
-                export_adapter(run, exported)
-        elif run.validation_losses_file.is_file() and run.config_file.is_file() and run.state() != State.RUNNING:
-            # A finished record stays while its run is trained again, because its adapter was not kept. Files of a
-            # stopped run stay as they were written if it has gone no further.
-            if not exported.result_file.is_file() and _progress(run) != _progress(exported):
-                export_stopped(run, runs)
-        else:
-            continue
-        count += 1
-    return count
+    return with_adapter
+
+
+def _export_run(run: RunFolder, runs: Path, with_adapter: Container[str]) -> bool:
+    """Export one run. Returns whether it has ended and belongs to the study."""
+    exported = RunFolder(runs / run.path.name)
+    if run.result_file.is_file():
+        return _export_finished(run, exported, with_adapter)
+    if not run.validation_losses_file.is_file() or not run.config_file.is_file() or run.state() == State.RUNNING:
+        return False
+    # A finished record stays while its run is trained again, because its adapter was not kept. Files of a stopped run
+    # stay as they were written if it has gone no further.
+    if not exported.result_file.is_file() and _progress(run) != _progress(exported):
+        export_stopped(run, runs)
+    return True
+
+
+def _export_finished(run: RunFolder, exported: RunFolder, with_adapter: Container[str]) -> bool:
+    """Export a finished run, unless the folder's run or the study's record is another one. Returns whether it did."""
+    record, kept_record = run.finished_record(), exported.record()
+    if record.run_id != run.path.name:
+        log.warning("%s: holds the run %s, so it is left out", run.path, record.run_id)
+        return False
+    if kept_record is None:
+        export_record(run, exported.path.parent)
+    elif kept_record.files != record.files:
+        log.warning("%s: is another training of the run that the study keeps, so it is left out", run.path)
+        return False
+    # A record never changes. What was scored or chosen since is a new file.
+    export_scores(run, exported)
+    # A record that another study has kept with its adapter stays whole.
+    is_wanted = record.run_id in with_adapter or not record.keeps_texts
+    is_wanted = is_wanted and record.adapter_bytes <= LARGEST_ADAPTER
+    if is_wanted and run.has_adapter and not exported.has_adapter:
+        export_adapter(run, exported)
+    return True
 
 
 def _progress(run: RunFolder) -> list[object]:

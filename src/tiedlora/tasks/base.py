@@ -70,7 +70,7 @@ class Task:
                 known, kind = ", ".join(self.options) or "none", self.config.kind
                 raise UserError(f"task.options.{name}: task.kind={kind} has no such option; its options: {known}")
 
-    def generated_rows(self, split: str) -> list[DataRow] | None:
+    def generated_rows(self, _split: str) -> list[DataRow] | None:
         """The rows that the task makes itself; None if it reads its rows."""
         return None
 

@@ -12,6 +12,8 @@ import re
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
 from tiedlora.errors import UserError
 from tiedlora.tasks.base import Example, Score, Task
 from tiedlora.tasks.rows import DataRow, RowError
@@ -24,19 +26,24 @@ ONE_OF_SEVERAL = re.compile(r"(.+_\d+)_\d+")
 
 
 class DialogSum(Task):
+    """DialogSum: a dialogue becomes a summary, scored by ROUGE against all of its summaries."""
+
     fields = {"id": str, "dialogue": str, "summary": str}
     metrics = ("rouge1", "rouge2", "rougeL")
     shortens = "dialogue"
     options = ("use_stemmer",)
 
+    @override
     def check_options(self) -> None:
         super().check_options()
         _ = self._use_stemmer
 
+    @override
     def group_id(self, row_id: str) -> str:
         match = ONE_OF_SEVERAL.fullmatch(row_id)
         return match[1] if match else row_id
 
+    @override
     def example(self, row: DataRow, id: str) -> Example:
         if not row["dialogue"].strip():
             raise RowError("the field 'dialogue' is empty")
@@ -56,10 +63,12 @@ class DialogSum(Task):
             raise UserError(f"task.options.use_stemmer={stems}: choose true or false")
         return stems
 
+    @override
     def score(self, output: str, example: Example) -> dict[str, Score]:
         scores = self._scorer.score_multi([reference.strip() for reference in example.references], output.strip())
         return {name: float(scores[name].fmeasure) for name in self.metrics}
 
+    @override
     def signatures(self) -> dict[str, str]:
         stemmer = "yes" if self._use_stemmer else "no"
         signature = f"rouge-score:{importlib.metadata.version('rouge-score')}|F1|stemmer:{stemmer}|refs:max"

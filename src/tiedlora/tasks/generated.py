@@ -21,6 +21,8 @@ BEFORE = {"test": (), "validation": ("test",), "train": ("test", "validation")}
 
 
 class Generated(Gsm8k):
+    """Problems that Reasoning Gym makes, with a number as the answer, scored as GSM8K's."""
+
     generator = "reasoning-gym"
     options = ("dataset", "parameters", "rows")
 

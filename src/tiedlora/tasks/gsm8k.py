@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 
+from typing_extensions import override
+
 from tiedlora.tasks.base import Example, Score, Task
 from tiedlora.tasks.rows import DataRow, RowError
 
@@ -34,9 +36,12 @@ def flexible_number(text: str) -> str | None:
 
 
 class Gsm8k(Task):
+    """GSM8K: a word problem becomes its steps and a number, scored by the number alone."""
+
     fields = {"question": str, "answer": str}
     metrics = ("exact_match_strict", "exact_match_flexible")
 
+    @override
     def example(self, row: DataRow, id: str) -> Example:
         example = super().example(row, id)
         number = strict_number(row["answer"]) if re.search(STRICT.pattern + r"\s*$", row["answer"]) else None
@@ -44,6 +49,7 @@ class Gsm8k(Task):
             raise RowError("needs a question, and an answer that ends in '#### number'")
         return Example(id, example.prompt, example.target, (number,))
 
+    @override
     def score(self, output: str, example: Example) -> dict[str, Score]:
         correct = normalise(example.references[0])
         numbers = (strict_number(output), flexible_number(output))

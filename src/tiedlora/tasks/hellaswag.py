@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from typing_extensions import override
+
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
 from tiedlora.tasks.base import Example, Score, Task, render
@@ -24,6 +26,8 @@ def cleaned(text: str) -> str:
 
 
 class HellaSwag(Task):
+    """HellaSwag: which of four endings continues a text, chosen by the likelihoods of the endings."""
+
     fields = {
         "ind": int,
         "activity_label": str,
@@ -44,6 +48,7 @@ class HellaSwag(Task):
         """The source and the index, such as `wikihow-60`, because rows of the two sources can have the same index."""
         return f"{str(row.fields.get('source_id')).split('~')[0]}-{row.fields.get('ind', number)}"
 
+    @override
     def example(self, row: DataRow, id: str) -> Example:
         endings, label = row["endings"], row["label"]
         if len(endings) != ENDINGS or not all(isinstance(ending, str) and ending.strip() for ending in endings):

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 import huggingface_hub
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
+from typing_extensions import override
 
 from tiedlora.errors import UserError
 from tiedlora.tasks.base import Example, Score, Task
@@ -28,10 +29,13 @@ METRICS: dict[str, BLEU | CHRF] = {"bleu": BLEU(), "chrf": CHRF()}
 
 
 class Iwslt2017(Task):
+    """IWSLT 2017: German sentences of talks become English ones, scored by BLEU and chrF of the corpus."""
+
     fields = {"translation": dict}
     metrics = corpus_metrics = ("bleu", "chrf")
     inputs_recur = True  # many talks end with "Vielen Dank."
 
+    @override
     def hub_rows(self, split: str) -> list[DataRow]:
         hub = self.config.hub
         with hub_errors(self.config, split) as sets:
@@ -43,6 +47,7 @@ class Iwslt2017(Task):
         except (zipfile.BadZipFile, UnicodeDecodeError, EOFError) as error:
             raise UserError(f"{path}: is damaged ({error}); remove it, and it is downloaded again") from None
 
+    @override
     def example(self, row: DataRow, id: str) -> Example:
         pair = row["translation"]
         for language in LANGUAGES:
@@ -63,11 +68,13 @@ class Iwslt2017(Task):
             for name, metric in METRICS.items()
         }
 
+    @override
     def corpus_score(self, metric: str, statistics: Iterable[float]) -> float:
         # Sums of counts are whole numbers, and sacreBLEU's formulas expect ints.
         counts = [round(count) for count in statistics]
         return float(METRICS[metric]._compute_score_from_stats(counts).score) / 100
 
+    @override
     def signatures(self) -> dict[str, str]:
         for metric in METRICS.values():
             # The signature holds the number of references. sacreBLEU knows it only after it has scored a corpus.

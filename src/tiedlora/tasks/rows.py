@@ -37,6 +37,7 @@ class DataRow:
         return self.fields[name]
 
     def with_fields(self, **changes: Any) -> DataRow:
+        """The row with other values of some fields."""
         return DataRow(self.where, {**self.fields, **changes})
 
 

@@ -11,6 +11,8 @@ import string
 from collections import Counter
 from dataclasses import replace
 
+from typing_extensions import override
+
 from tiedlora.tasks.base import Example, Score, Task
 from tiedlora.tasks.rows import DataRow, RowError
 
@@ -37,10 +39,13 @@ def f1(output: str, reference: str) -> float:
 
 
 class Squad(Task):
+    """SQuAD: a question on a paragraph, scored by exact match and F1 against the best of its answers."""
+
     fields = {"id": str, "context": str, "question": str, "answers": dict}
     metrics = ("exact_match", "f1")
     shortens = "context"
 
+    @override
     def example(self, row: DataRow, id: str) -> Example:
         texts, starts = row["answers"].get("text"), row["answers"].get("answer_start")
         if not _list_of(texts, str) or not _list_of(starts, int) or len(texts) != len(starts):
@@ -56,6 +61,7 @@ class Squad(Task):
         example = super().example(row.with_fields(answer=answer), id)
         return replace(example, references=tuple(dict.fromkeys(texts)), must_hold=answer)
 
+    @override
     def score(self, output: str, example: Example) -> dict[str, Score]:
         return {
             "exact_match": float(normalise(output) in map(normalise, example.references)),

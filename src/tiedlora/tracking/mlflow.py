@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas
+from typing_extensions import override
 
 from tiedlora.errors import UserError
 from tiedlora.records.rows import MetricsRow
@@ -72,6 +73,7 @@ class MlflowTracker(Tracker):
             self.client.log_batch(self.run, params=params[first : first + MOST_PARAMS])
         self.log(earlier)
 
+    @override
     def log(self, rows: Sequence[MetricsRow]) -> None:
         from mlflow.entities import Metric  # after `start`, as there  # noqa: PLC0415
 

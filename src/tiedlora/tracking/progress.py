@@ -47,9 +47,15 @@ class ProgressBar:
             left = (self.total - self.done) / rate if rate else 0.0
             log.info(
                 "%s: %d of %d, %.2f %s/s, %s left%s",
-                *(self.what, self.done, self.total, rate, self.unit, clock(left)),
+                self.what,
+                self.done,
+                self.total,
+                rate,
+                self.unit,
+                clock(left),
                 f"  {note}" if note else "",
             )
 
     def close(self) -> None:
+        """End the line of the bar."""
         self.bar.close()

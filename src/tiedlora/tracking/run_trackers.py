@@ -226,7 +226,8 @@ class RunTrackers:
             self._tracker = None
             log.warning(
                 "%s has failed (%s); the run continues without it, and metrics.jsonl has every row",
-                *(tracker.title, _reason(error)),
+                tracker.title,
+                _reason(error),
             )
             with suppress(Exception):
                 tracker.abandon()

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from typing import Any
 
+from typing_extensions import override
+
 from tiedlora.errors import UserError
 from tiedlora.records.rows import MetricsRow
 from tiedlora.tracking.run_trackers import Answers, TrackedRun, Tracker
@@ -48,20 +50,28 @@ class TrackioTracker(Tracker):
             )
         self.log(earlier)
 
+    @override
     def log(self, rows: Sequence[MetricsRow]) -> None:
         for row in rows:
             self.run.log(dict(row.values), step=row.step)
 
+    @override
     def log_answers(self, answers: Answers) -> None:
-        data = [[cell.translate(MARKUP) if isinstance(cell, str) else cell for cell in row.values()] for row in answers]
+        data = [list(map(_shown, row.values())) for row in answers]
         self.run.log({"answers": trackio.Table(columns=list(answers[0]), data=data)})
 
+    @override
     def finish(self, summary: Mapping[str, float | int], exit_code: int = 0) -> None:
         """Write the summary as the last row, and close the run."""
         with redirect_stdout(sys.stderr):
             if summary:
                 self.run.log(dict(summary))
             self.run.finish()
+
+
+def _shown(cell: object) -> object:
+    """The cell of a table, in which a text is no markup."""
+    return cell.translate(MARKUP) if isinstance(cell, str) else cell
 
 
 TRACKER = TrackioTracker

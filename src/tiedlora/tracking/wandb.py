@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from typing_extensions import override
+
 from tiedlora.errors import UserError
 from tiedlora.records.rows import MetricsRow
 from tiedlora.tracking.run_trackers import Answers, TrackedRun, Tracker, is_logged_in
@@ -57,6 +59,7 @@ class WandbTracker(Tracker):
         self.run.define_metric("train/*", summary="last")
         self.log(earlier)
 
+    @override
     def log(self, rows: Sequence[MetricsRow]) -> None:
         for row in rows:
             self.run.log(row.values, step=row.step)
@@ -67,6 +70,7 @@ class WandbTracker(Tracker):
         # Without a step: where a run is continued online, W&B drops what belongs to an earlier step.
         self.run.log({"answers": wandb.Table(columns=list(answers[0]), data=data, allow_mixed_types=True)})
 
+    @override
     def finish(self, summary: Mapping[str, float | int], exit_code: int = 0) -> None:
         self.run.summary.update(dict(summary))
         self.run.finish(exit_code=exit_code)

@@ -55,6 +55,7 @@ def save(
     parts: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     inputs: RunInputs,
+    *,
     buffers: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Write a checkpoint of this step, and then remove all but the newest ones.

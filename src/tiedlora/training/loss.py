@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,14 +75,24 @@ def _summed_in(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _chunk(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None, with_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
+class _Head(NamedTuple):
+    """A frozen output head: logits = weight @ state + bias, and softcap * tanh(logits / softcap) of them."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+
+    def linear(self, states: Tensor) -> Tensor:
+        """The logits before the cap, (positions, vocabulary), in the dtype of their sums."""
+        return F.linear(states, self.weight, self.bias).to(_summed_in(states.dtype))
+
+
+def _chunk(hidden: Tensor, head: _Head, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """The losses of some positions, and their gradient with respect to `hidden` if it is wanted.
 
     This is a function so that the logits of one chunk are freed before those of the next are computed.
     """
-    logits, slope = F.linear(hidden, weight, bias).to(_summed_in(hidden.dtype)), None
+    logits, softcap, slope = head.linear(hidden), head.softcap, None
     if softcap is not None:
         logits.div_(softcap).tanh_()
         if with_gradient:
@@ -97,22 +107,18 @@ def _chunk(
     delta[torch.arange(len(targets), device=delta.device), targets] -= 1
     if slope is not None:
         delta *= slope
-    return -log_probs, delta.to(weight.dtype) @ weight
+    return -log_probs, delta.to(head.weight.dtype) @ head.weight
 
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: _Head, labels: Tensor) -> Tensor:
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = torch.zeros(len(labels), dtype=_summed_in(hidden.dtype), device=hidden.device)
-        size = chunk_rows(weight.shape[0], hidden.device, loss_bytes_per_logit(hidden.dtype, softcap))
+        size = chunk_rows(len(head.weight), hidden.device, loss_bytes_per_logit(hidden.dtype, head.softcap))
         for start in range(0, len(labels), size):
             places = slice(start, start + size)
-            losses[places], of_hidden = _chunk(
-                hidden[places], weight, bias, labels[places], softcap, gradient is not None
-            )
+            losses[places], of_hidden = _chunk(hidden[places], head, labels[places], gradient is not None)
             if gradient is not None and of_hidden is not None:
                 gradient[places] = of_hidden
         if gradient is not None:
@@ -122,7 +128,7 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_output.to(gradient.dtype).unsqueeze(1), None, None, None, None
+        return gradient * grad_output.to(gradient.dtype).unsqueeze(1), None, None
 
 
 def target_loss(model: Any, batch: Batch) -> Tensor:
@@ -163,8 +169,8 @@ def next_token_losses(model: Any, states: Tensor, tokens: Tensor, temperature: f
 
     `temperature` divides the hidden states, which is only right for a head without a bias and a softcap.
     """
-    with _head_inputs(model, states, tokens, temperature) as inputs:
-        losses: Tensor = _TokenLosses.apply(*inputs)  # type: ignore[no-untyped-call]
+    with _at_head(model, states, tokens, temperature) as (states, head, tokens):
+        losses: Tensor = _TokenLosses.apply(states, head, tokens)  # type: ignore[no-untyped-call]
     return losses
 
 
@@ -176,17 +182,17 @@ def _states(model: Any, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def _head_inputs(
+def _at_head(
     model: Any, states: Tensor, tokens: Tensor, temperature: float = 1.0
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor, float | None]]:
-    """The hidden states and the tokens where the head runs, its weight and bias, and the softcap.
+) -> Iterator[tuple[Tensor, _Head, Tensor]]:
+    """The hidden states where the head runs, the head, and the tokens there.
 
     The logits are linear in the hidden states, so a model's factor on its logits is put on the states. (No model of
     transformers with such a factor has a bias in its head; output_head.check would refuse it.)
     """
     head, factor = model.get_output_embeddings(), output_head.factor(model) / temperature
     with weights_in_place(head, states if factor == 1 else factor * states, tokens) as (states, tokens):
-        yield states, head.weight, getattr(head, "bias", None), tokens, output_head.softcap(model)
+        yield states, _Head(head.weight, getattr(head, "bias", None), output_head.softcap(model)), tokens
 
 
 @without_gradients
@@ -211,19 +217,19 @@ def row_divergences(model: Any, batch: Batch, as_base: Callable[[], AbstractCont
     Args:
         as_base: a context inside which `model` computes as the base model.
     """
-    with _head_inputs(model, _states(model, batch), batch.targets) as inputs:
-        adapted = inputs[0]
+    with _at_head(model, _states(model, batch), batch.targets) as at_head:
+        adapted = at_head[0]
     found = []
-    with as_base(), _head_inputs(model, _states(model, batch), batch.targets) as (base, weight, bias, _, softcap):
+    with as_base(), _at_head(model, _states(model, batch), batch.targets) as (base, head, _):
         # The logits and their logarithms of both, and two more while these are multiplied.
-        size = chunk_rows(weight.shape[0], base.device, 6 * _summed_in(base.dtype).itemsize)
+        size = chunk_rows(len(head.weight), base.device, 6 * _summed_in(base.dtype).itemsize)
         for states in zip(torch.split(adapted, size), torch.split(base, size), strict=True):
-            log_p, log_q = (_log_softmax(own, weight, bias, softcap) for own in states)
+            log_p, log_q = (_log_softmax(own, head) for own in states)
             found.append((log_p.exp() * (log_p - log_q)).sum(-1))
     divergences = torch.cat(found).cpu().double()
     return batch.sums_by_row(divergences) / batch.sums_by_row(torch.ones_like(divergences))
 
 
-def _log_softmax(states: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
-    logits = F.linear(states, weight, bias).to(_summed_in(states.dtype))
+def _log_softmax(states: Tensor, head: _Head) -> Tensor:
+    logits, softcap = head.linear(states), head.softcap
     return F.log_softmax(logits if softcap is None else softcap * torch.tanh(logits / softcap), -1)

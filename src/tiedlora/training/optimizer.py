@@ -27,7 +27,7 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], TrainConfig, bool], torch.
 
 
 SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
-    "constant": lambda share, lr, min_lr: lr,
+    "constant": lambda _share, lr, _min_lr: lr,
     "cosine": lambda share, lr, min_lr: min_lr + (lr - min_lr) * (1 + math.cos(math.pi * share)) / 2,
 }
 """`train.schedule` -> the rate as a function of (share of the steps after the warm-up that are done, lr, min_lr)."""

@@ -33,7 +33,7 @@ def end_at_once() -> None:
         signal.signal(number, _end)
 
 
-def _end(number: int, frame: FrameType | None) -> None:
+def _end(_number: int, _frame: FrameType | None) -> None:
     with suppress(OSError):
         os.write(2, f"{STOP_MESSAGE}\n".encode())
     os._exit(STOPPED)
@@ -50,7 +50,7 @@ def stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
@@ -102,7 +102,7 @@ class StopSignal:
                     # submitit's, if the job may not be queued again. The run has its checkpoint, and has not failed.
                     raise KeyboardInterrupt(str(error)) from None
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
+    def _take(self, number: int, _frame: FrameType | None) -> None:
         again = bool(self.received)
         self.received.append(number)
         if not self.finish_step_first or (again and number == signal.SIGINT):
