@@ -220,7 +220,8 @@ SUPPORTED, CONTRADICTED, UNDECIDED, FLOOR, _, NOT_RUN = Verdict
 
 class TestOverTasks:
     @pytest.fixture(scope="class")
-    def claim(self):
+    @classmethod
+    def claim(cls):
         return claims.read(FILE)[0]
 
     @staticmethod

@@ -180,7 +180,8 @@ class TestFloor:
 
 class TestCurve:
     @pytest.fixture(scope="class")
-    def root(self, tmp_path_factory):
+    @classmethod
+    def root(cls, tmp_path_factory):
         """LoRA with 23,040, 46,080 and 368,640 parameters; TABuv with 41,328 and TA with 4,608."""
         root = tmp_path_factory.mktemp("curve")
         world(root / "runs", {("LoRA", 1): 0.6, ("LoRA", 8): 0.8, "TABuv": 0.72, "TA": 0.3}, **SURE)
