@@ -85,7 +85,7 @@ def check_name(value: str) -> str:
     return value
 
 
-def _distinct(values: list[str]) -> list[str]:
+def _distinct(values: list[T]) -> list[T]:
     if doubled := [value for value in values if values.count(value) > 1]:
         raise ValueError(f"names {doubled[0]} twice; name each once")
     return values

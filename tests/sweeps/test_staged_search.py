@@ -167,3 +167,91 @@ def test_rungs_are_evaluations_before_the_last_step():
     assert rung_steps(100, 30, (0.25, 0.5, 0.95)) == (30, 60)
     assert rung_steps(100, 5, (0.55,)) == (55,), "0.55 * 100 is a little more than 55"
     assert rung_steps(100, 0, (0.25,)) == rung_steps(100, 20, ()) == rung_steps(8, 50, (0.25,)) == ()
+
+
+RACE = replace(PLAN, seeds=(10, 11), named_seeds=(0, 1, 2, 3, 4, 5))
+
+
+class Neighbours(Population):
+    """Rates whose losses are given (3.0 for the others), with noise between seeds that all rows share."""
+
+    def __init__(self, means, seed_noise: float = 0.02, row_noise: float = 0.001) -> None:
+        super().__init__(best=1e-2, row_noise=row_noise)
+        self.means, self.seed_noise = means, seed_noise
+
+    def losses(self, lr: float, seed: int, step: int) -> ValidationLosses:
+        generator = np.random.default_rng([round(1e9 * lr), seed])
+        mean = self.means.get(lr, 3.0) + generator.normal(0, self.seed_noise)
+        return ValidationLosses(step, (mean + generator.normal(0, self.row_noise, 64)).tolist(), [10] * 64)
+
+
+def seeds_of(population, lr) -> set[int]:
+    return {seed for rate, seed in population.reached if rate == lr and seed in RACE.named_seeds}
+
+
+def test_a_race_goes_on_to_further_seeds_until_one_rate_is_left():
+    """Two rates differ by 0.03, and seeds by 0.02: two seeds cannot tell them apart, and a few more can."""
+    population = Neighbours({3e-3: 1.03, 1e-2: 1.0})
+    stage = finish(population, replace(RACE, rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1)))
+    assert stage.chosen.lr == 1e-2
+    (left,) = [made for made in stage.decisions if made.action == "behind"]
+    assert left.lr == 3e-3
+    raced = seeds_of(population, 3e-3)
+    assert raced == seeds_of(population, 1e-2)
+    assert 2 < len(raced) < 6, "the other four seeds are not run"
+    assert stage.tied() == []
+    assert {seed for lr, seed in population.scored} == {10, 11}, "the seeds of the race are not scored"
+    assert {lr for lr, _ in population.scored} == {1e-2}
+
+
+def test_a_race_without_a_winner_tries_a_rate_between_and_says_that_it_is_a_tie():
+    population = Neighbours(dict.fromkeys((3e-3, 5.5e-3, 1e-2), 1.0))
+    stage = finish(population, replace(RACE, rates=(1e-3, 3e-3, 1e-2, 3e-2)))
+    assert [lr for action, lr in actions(stage) if action == "finer"] == [5.5e-3]
+    assert seeds_of(population, 3e-3) == seeds_of(population, 1e-2) == set(RACE.named_seeds)
+    assert stage.tied()
+    assert stage.chosen.lr not in stage.tied()
+    assert [lr for action, lr in actions(stage) if action == "tied"] == [stage.chosen.lr] * len(stage.tied())
+    assert {lr for lr, _ in population.scored} == {stage.chosen.lr}
+
+
+def test_a_rate_between_that_is_better_wins_the_race():
+    population = Neighbours({3e-3: 1.1, 1e-2: 1.1, 5.5e-3: 1.0})
+    stage = finish(population, replace(RACE, rates=(1e-3, 3e-3, 1e-2, 3e-2)))
+    assert (stage.chosen.lr, stage.tied()) == (5.5e-3, [])
+    assert 3 <= len(seeds_of(population, 5.5e-3)) <= 6
+
+
+def test_rows_that_disagree_keep_a_race_open_though_all_seeds_agree():
+    """The interval is over rows too: 64 rows are too few for a difference of 0.01 where rows differ by 0.3."""
+    population = Neighbours({3e-3: 1.01, 5.5e-3: 1.005, 1e-2: 1.0}, seed_noise=0.0, row_noise=0.3)
+    stage = finish(population, replace(RACE, rates=(3e-3, 1e-2), highest=1e-2, lowest=3e-3))
+    assert stage.tied()
+
+
+def test_a_race_that_was_stopped_at_any_moment_chooses_the_same():
+    rates = replace(RACE, rates=(1e-3, 3e-3, 1e-2, 3e-2))
+    means = {3e-3: 1.01, 5.5e-3: 1.0, 1e-2: 1.0}
+    expected = finish(Neighbours(means), rates)
+    assert [action for action, _ in actions(expected)].count("finer") == 1
+    generator, population = np.random.default_rng(0), Neighbours(means)
+    for _ in range(500):
+        stage = SearchStage(rates, population)
+        if not stage.requests:
+            break
+        population.run([stage.requests[generator.integers(len(stage.requests))]])
+    assert (stage.decisions, stage.chosen, stage.tied()) == (expected.decisions, expected.chosen, expected.tied())
+
+
+def test_a_rate_that_diverges_in_a_race_is_out_and_the_next_best_takes_its_place():
+    population = Neighbours({3e-3: 1.01, 1e-2: 1.0, 3e-2: 1.05})
+    population.diverges = {(1e-2, 2): 30}
+    stage = finish(population, replace(RACE, rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1)))
+    assert ("diverged", 1e-2) in actions(stage)
+    assert stage.chosen.lr == 3e-3
+    assert 1e-2 not in stage.tied()
+
+
+def test_two_seeds_or_none_that_are_named_decide_as_ever():
+    expected, named = finish(Population(1e-2)), finish(Population(1e-2), replace(PLAN, named_seeds=(0, 1)))
+    assert (named.decisions, named.chosen) == (expected.decisions, expected.chosen)

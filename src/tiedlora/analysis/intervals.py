@@ -411,6 +411,29 @@ def paired_difference(first: ValidationLosses, second: ValidationLosses) -> tupl
     return mean, error
 
 
+def loss_contrast(first: Sequence[ValidationLosses], second: Sequence[ValidationLosses]) -> Array:
+    """(seeds, rows): a table of `first` minus `second`, for the intervals over seeds and rows.
+
+    Its mean over the rows of a seed is the difference of mean losses per token, exactly. Its deviations between rows
+    are those of the linearised ratio, as in `paired_difference`: D + w_r (d_sr - D), with w_r = tokens_r R /
+    sum(tokens).
+
+    Args:
+        first, second: the losses of the same seeds, in the same order.
+
+    Raises:
+        ValueError: the rows are not the same.
+    """
+    tokens = np.asarray(first[0].tokens, float)
+    if any(not np.array_equal(tokens, np.asarray(losses.tokens, float)) for losses in (*first, *second)):
+        raise ValueError("the losses are not those of the same rows")
+    ours, theirs = (np.array([losses.losses for losses in side], float) for side in (first, second))
+    differences = ours - theirs
+    mean = float(np.average(differences.mean(0), weights=tokens))
+    contrast: Array = mean + tokens * len(tokens) / tokens.sum() * (differences - mean)
+    return contrast
+
+
 # Where an interval cannot be trusted.
 
 OUTLIER_LEVEL = 0.01

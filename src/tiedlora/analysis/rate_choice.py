@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
 
+from tiedlora.analysis.intervals import Array, loss_contrast
+from tiedlora.records.rows import ValidationLosses
 from tiedlora.records.scores import Finished
 from tiedlora.records.selection import validation_metric, validation_scores
 
@@ -66,7 +68,9 @@ class ChosenRate:
     """Whether every rate failed at some seed, and this one was chosen among those that failed at the fewest."""
 
 
-def choose_rate(trials: Sequence[RateTrial], by: str = "score", accept_failed: bool = False) -> ChosenRate | None:
+def choose_rate(
+    trials: Sequence[RateTrial], by: str = "score", accept_failed: bool = False, among: Container[float] | None = None
+) -> ChosenRate | None:
     """Choose the best learning rate of one configuration.
 
     - A rate is usable if it has a finished run and failed at no seed.
@@ -78,6 +82,7 @@ def choose_rate(trials: Sequence[RateTrial], by: str = "score", accept_failed: b
     Args:
         by: one of CRITERIA. Compare the result's `by` to see whether scores were missing.
         accept_failed: if every rate failed at some seed, those that failed at the fewest are usable, as in the report.
+        among: the rates that may be chosen, if any of them is usable: those that a race has left. None allows all.
 
     Returns:
         The chosen rate; None if no rate is usable.
@@ -87,6 +92,8 @@ def choose_rate(trials: Sequence[RateTrial], by: str = "score", accept_failed: b
     finished = [lr for lr in losses if losses[lr]]
     fewest = min((len(failures[lr]) for lr in finished), default=0)
     usable = sorted(lr for lr in finished if len(failures[lr]) == fewest)
+    if among is not None:
+        usable = [lr for lr in usable if lr in among] or usable
     if not usable or (fewest > 0 and not accept_failed):
         return None
     scores = {t.lr: {seed: score for seed, score in t.scores.items() if seed in losses[t.lr]} for t in trials}
@@ -121,6 +128,26 @@ def choose_rate(trials: Sequence[RateTrial], by: str = "score", accept_failed: b
         paired=paired,
         failed=fewest > 0,
     )
+
+
+def rate_contrast(
+    ours: Mapping[int, ValidationLosses | None], theirs: Mapping[int, ValidationLosses | None]
+) -> Array | None:
+    """(seeds, rows): the loss of one rate minus that of another, over the seeds that both have (loss_contrast).
+
+    Args:
+        ours, theirs: seed -> the last losses of its run; None if they are gone.
+
+    Returns:
+        None with fewer than two seeds or rows.
+
+    Raises:
+        ValueError: the rows are not the same.
+    """
+    pairs = [(first, second) for seed in sorted(ours) if (first := ours[seed]) and (second := theirs.get(seed))]
+    if len(pairs) < 2 or len(pairs[0][0].tokens) < 2:
+        return None
+    return loss_contrast([first for first, _ in pairs], [second for _, second in pairs])
 
 
 def _shared(values: Mapping[float, Mapping[int, float]], rates: Iterable[float]) -> frozenset[int]:

@@ -49,6 +49,8 @@ class RateChoice:
     """The metric of `test`: the one that chose if test has it, otherwise the task's first."""
     selection_seeds: list[StoredWhole] = field(default_factory=list)
     """The seeds that the rate was compared on."""
+    tied: list[StoredNumber] = field(default_factory=list)
+    """The rates that a race could not tell from the chosen one."""
 
     @property
     def by(self) -> str:
@@ -62,8 +64,9 @@ class SearchDecision:
 
     lr: StoredNumber
     action: StoredText
-    """stopped, diverged, outward (the rate joined beyond an edge), edge (no rate joined), finalist, chosen, fallback
-    (chosen because a better one diverged), or none (no rate is left)."""
+    """stopped, diverged, outward (the rate joined beyond an edge), edge (no rate joined), finalist, behind (it left the
+    race), finer (the rate joined between the last two of a race), tied (the race ended with more than one rate),
+    chosen, fallback (chosen because a better one diverged), or none (no rate is left)."""
     reason: StoredText
     seed: StoredWhole | None = None
     step: StoredWhole | None = None
@@ -77,13 +80,15 @@ class RateSearch:
     group: StoredText
     """Configuration, rank, task and model in words."""
     seeds: list[StoredWhole]
-    """In the order of use: the first two search."""
+    """In the order of use. Without `search_seeds`, the first two search."""
     rungs: list[StoredWhole]
     """The steps at which rates could stop."""
     lowest: StoredNumber
     """The bounds of rates outside the grid."""
     highest: StoredNumber
     decisions: list[SearchDecision]
+    search_seeds: list[StoredWhole] = field(default_factory=list)
+    """The seeds at which rates were compared, if the sweep names them."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from tiedlora.config.project import CONF
 from tiedlora.config.schema import Config
 from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
-from tiedlora.keys import CHECKED, Count, Number, Text, from_person
+from tiedlora.keys import CHECKED, Count, Distinct, Number, Text, Whole, from_person
 from tiedlora.sweeps.cells import Sweep, SweepCell
 
 SECTIONS = tuple(item.name for item in fields(Config))
@@ -69,11 +69,16 @@ class SearchOptions(SweepOptions):
     """Shares of the steps, after which rates that are clearly behind stop, in rising order."""
     finalists: Annotated[Count, Field(ge=2)]
     """The most rates that run at the second seed."""
+    search_seeds: Annotated[list[Annotated[Whole, Field(ge=0, le=2**63 - 1)]], Distinct] = field(default_factory=list)
+    """The seeds at which rates are compared, in the order of use: with more than two, the finalists race. Empty takes
+    the first two of the sweep's seeds."""
     lowest_rate: Annotated[Number, Field(gt=0)]
     """The bounds of rates outside the grid."""
     highest_rate: Number
 
     def __post_init__(self) -> None:
+        if len(self.search_seeds) == 1:
+            raise ValueError(f"search_seeds={self.search_seeds} must have two seeds or more, such as [0, 1, 2, 3, 4, 5]")
         if any(later <= rung for rung, later in itertools.pairwise(self.rungs)):
             raise ValueError(f"rungs={self.rungs} must rise, each once, such as {sorted(set(self.rungs))}")
         if self.highest_rate < self.lowest_rate:

@@ -55,7 +55,7 @@ class Search:
         rungs = rung_steps(train.steps, train.validate_every, options.rungs)
         # A rate below the one at which the schedule ends is refused.
         bounds = max(options.lowest_rate, train.min_lr), options.highest_rate
-        self.plan = SearchPlan(rates, in_order, rungs, *bounds, options.finalists)
+        self.plan = SearchPlan(rates, in_order, rungs, *bounds, options.finalists, tuple(options.search_seeds))
         self.stage: SearchStage
         """What `decide` has found."""
 
@@ -110,7 +110,7 @@ class Search:
         scores = [own for cell in cells if (own := read_run_scores(cell.folder).metrics("test"))]
         # The first metric that all seeds have on test.
         test, test_metric = (None, "") if len(scores) < len(cells) else selection.mean_score(scores)
-        return replace(choice, test=test, test_metric=test_metric)
+        return replace(choice, test=test, test_metric=test_metric, tied=self.stage.tied())
 
 
 class StagedSweep:
@@ -207,14 +207,15 @@ class StagedSweep:
         for search in self.searches:
             if (choice := search.choice()) is not None:
                 choices.append(choice)
-            seeds, rungs, made = list(search.plan.seeds), list(search.plan.rungs), search.stage.decisions
-            searches.append(RateSearch(search.name, seeds, rungs, search.plan.lowest, search.plan.highest, made))
+            plan, made = search.plan, search.stage.decisions
+            bounds, named = (plan.lowest, plan.highest), list(plan.named_seeds)
+            searches.append(RateSearch(search.name, list(plan.seeds), list(plan.rungs), *bounds, made, named))
         return Selection(self.sweep.id, "loss", choices, searches)
 
     def summary(self) -> str:
         """The chosen rates as a table, after the decisions that a reader should know."""
         selected = self.selection()
-        notes = selection.decision_lines(selected, ("diverged", "outward", "edge", "fallback", "none"))
+        notes = selection.decision_lines(selected, ("diverged", "outward", "edge", "tied", "fallback", "none"))
         return "\n".join([*notes, *([""] if notes else []), selection.table(selected.choices)])
 
     def end(self, unfinished: Sequence[SweepCell] = ()) -> None:
@@ -279,9 +280,9 @@ def run_deciding(sweep: Sweep, options: DecidingOptions, launch: Launch) -> None
     for claim in planned:
         if claim.rule.needs_zero and claim.floor is None and not all(config.score.base for config in configs):
             raise UserError(f"score.base=false: the claim '{claim.name}' needs the scores of the base model")
-    # Rates are searched at the seeds of the earliest look.
+    # The chosen rates run at the seeds of the earliest look. Rates are searched there too, if no others are named.
     seeds = list(min(planned, key=lambda claim: claim.plan.looks[0]).plan.of_look(0))
-    _write_plan(sweep.path / PLAN_FILE, path, planned, seeds, budget)
+    _write_plan(sweep.path / PLAN_FILE, path, planned, options.search_seeds or seeds, budget)
     staged = StagedSweep(sweep, options, launch, seeds)
     staged.search()
     used = {search.cell(*asked).run_id for search in staged.searches for asked in search.stage.asked}

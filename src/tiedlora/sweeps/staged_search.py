@@ -3,8 +3,11 @@
 1. *Search.* Every rate runs at the first seed. At each rung (a step of training) those that are clearly behind stop. If
    the best rate is the lowest or highest one, the next rate outward joins, within bounds.
 2. *Finalists.* The two best rates run at the second seed, and a third one if it is not clearly behind.
-3. *Repeat.* The chosen rate runs at the other seeds. If it diverges at one, the next best rate is chosen.
-4. *Test.* The runs of the chosen rate are scored.
+3. *Race*, if there are more than two seeds to search with. The finalists that are not worse than the best one, by the
+   interval over seeds and validation rows, run at the next seed, until one is left or the seeds are used. If two are
+   left, a rate between them joins.
+4. *Repeat.* The chosen rate runs at the other seeds. If it diverges at one, the next best rate is chosen.
+5. *Test.* The runs of the chosen rate are scored.
 
 `SearchStage` replays these steps from the start. Where a run is needed that has not come far enough, it ends with what
 to run next. So a search has no state besides its runs: a stopped one continues with the same decisions.
@@ -16,9 +19,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from statistics import mean
 
-from tiedlora.analysis.intervals import mean_loss, paired_difference
-from tiedlora.analysis.rate_choice import ChosenRate, RateTrial, choose_rate
+from tiedlora.analysis.intervals import both_interval, mean_loss, paired_difference
+from tiedlora.analysis.rate_choice import ChosenRate, RateTrial, choose_rate, rate_contrast
+from tiedlora.records.interval import Interval
 from tiedlora.records.rows import ValidationLosses
 from tiedlora.records.selection import SearchDecision
 
@@ -26,6 +31,8 @@ NOISE_FACTOR = 2.0
 """A rate is clearly behind if its loss is higher than the best one's by more than this many paired standard errors."""
 LEAST_KEPT = 2
 """A rate among the two best never stops at a rung, and both run at the second seed."""
+RACE_LEVEL = 0.1
+"""A rate leaves the race if the interval of its loss minus the best one's is above 0, at this two-sided level."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class SearchPlan:
     rates: tuple[float, ...]
     """The rates of the grid."""
     seeds: tuple[int, ...]
-    """In the order of use: the first two search, and the others repeat the chosen rate."""
+    """Those at which the chosen rate runs, in the order of use."""
     rungs: tuple[int, ...]
     """Steps of training, in ascending order. Each has an evaluation, and is before the last step."""
     lowest: float
@@ -43,6 +50,14 @@ class SearchPlan:
     highest: float
     finalists: int = 3
     """The most rates that run at the second seed."""
+    named_seeds: tuple[int, ...] = ()
+    """Those at which rates are compared, in the order of use; empty for the first two of `seeds`."""
+    race_level: float = RACE_LEVEL
+
+    @property
+    def search_seeds(self) -> tuple[int, ...]:
+        """All rates run at the first one, the finalists at the second, and at the others those left in the race."""
+        return self.named_seeds or self.seeds[:2]
 
 
 @dataclass(frozen=True)
@@ -103,22 +118,25 @@ class SearchStage:
         self._tried = sorted(plan.rates)
         self._finalists: list[float] = []
         """The rates that run at the second seed."""
+        self._behind: set[float] = set()
+        """The finalists that have left the race."""
         self._at_rung: dict[int, dict[float, ValidationLosses]] = {rung: {} for rung in plan.rungs}
         """The rates that came to the rung at the first seed, with their evaluation there."""
         with suppress(_Waiting):
-            self._race(self._tried)
+            self._search(self._tried)
             self._choose()
-            while self._follow_outward() or self._add_finalists():
+            while self._follow_outward() or self._add_finalists() or self._race() or self._add_finer():
                 self._choose()
+            self._note_tie()
             self._repeat()
             if self.chosen is not None:
                 self._need([Request(self.chosen.lr, seed, score=True) for seed in plan.seeds])
 
     def trials(self) -> list[RateTrial]:
         """The rates that were tried, with the losses of their finished runs."""
-        trials = []
+        trials, seeds = [], dict.fromkeys([*self.plan.search_seeds, *self.plan.seeds])
         for lr in sorted(self._tried):
-            seen = {seed: self.observe(lr, seed) for seed in self.plan.seeds if (lr, seed) in self._used}
+            seen = {seed: self.observe(lr, seed) for seed in seeds if (lr, seed) in self._used}
             losses = {seed: run.loss for seed, run in seen.items() if run.loss is not None}
             trials.append(RateTrial(lr, losses, failed=frozenset(seed for seed, run in seen.items() if run.diverged)))
         return trials
@@ -137,9 +155,9 @@ class SearchStage:
 
     # 1. Search.
 
-    def _race(self, entering: Sequence[float]) -> None:
+    def _search(self, entering: Sequence[float]) -> None:
         """Run the rates at the first seed. At the rungs, those that are clearly behind stop."""
-        seed, running = self.plan.seeds[0], list(entering)
+        seed, running = self.plan.search_seeds[0], list(entering)
         for rung, reached in self._at_rung.items():
             if len(running) + len(reached) <= LEAST_KEPT:
                 # Nothing could stop here.
@@ -167,7 +185,9 @@ class SearchStage:
 
     def _choose(self, action: str = "chosen") -> None:
         """Set the chosen rate, by the rule that the report and `select` use."""
-        before, self.chosen = self.chosen, choose_rate(self.trials(), by="loss")
+        # A rate that has left the race is not chosen, even if its mean is lower on the seeds that all share.
+        racing = self._racing() if self._is_race else None
+        before, self.chosen = self.chosen, choose_rate(self.trials(), by="loss", among=racing)
         if self.chosen is None:
             lowest = min(self._tried)
             self._decide(lowest, "none", "no rate is left that did not diverge; add lower ones with train.lr=")
@@ -188,16 +208,16 @@ class SearchStage:
             return False
         self._tried.append(lr)
         self._decide(lr, "outward", f"{self.chosen.lr:g} is the best, and the {bound} rate")
-        self._race([lr])
+        self._search([lr])
         return True
 
     # 2. Finalists.
 
     def _add_finalists(self) -> bool:
         """Run the best rates at the second seed. Whether one of them had not run there before."""
-        if len(self.plan.seeds) < 2 or self.chosen is None:
+        if len(self.plan.search_seeds) < 2 or self.chosen is None:
             return False
-        first, second = self.plan.seeds[:2]
+        first, second = self.plan.search_seeds[:2]
         usable = [trial for trial in self.trials() if first in trial.losses and not trial.failed]
         ranked = [trial.lr for trial in sorted(usable, key=lambda trial: (trial.losses[first], trial.lr))]
         new = []
@@ -211,10 +231,82 @@ class SearchStage:
 
     def _is_close(self, lr: float, best: float) -> bool:
         """Whether a rate is not clearly behind at the end. False if the row losses of one are gone."""
-        losses, others = (self.observe(rate, self.plan.seeds[0]).evaluations for rate in (lr, best))
+        losses, others = (self.observe(rate, self.plan.search_seeds[0]).evaluations for rate in (lr, best))
         return bool(losses and others) and not _behind(losses[max(losses)], others[max(others)])
 
-    # 3. Repeat.
+    # 3. Race.
+
+    @property
+    def _is_race(self) -> bool:
+        return len(self.plan.search_seeds) > LEAST_KEPT
+
+    def _racing(self) -> list[float]:
+        """The finalists that have neither left the race nor diverged."""
+        failed = {trial.lr for trial in self.trials() if trial.failed}
+        return [lr for lr in self._finalists if lr not in self._behind and lr not in failed]
+
+    def _race(self) -> bool:
+        """Let the finalists leave that are worse than the best one, and run the others at the next seed.
+
+        Returns:
+            Whether there was one. A rate that joined late has fewer seeds, and goes on first.
+        """
+        if not self._is_race or self.chosen is None:
+            return False
+        best = self.chosen.lr
+        for lr in self._racing():
+            found = self._versus(lr, best)
+            if lr != best and found is not None and found.low > 0:
+                self._behind.add(lr)
+                self._decide(lr, "behind", f"its loss minus that of {best:g} is {_in_words(found)}")
+        racing = self._racing()
+        runs = {lr: sum((lr, seed) in self._used for seed in self.plan.search_seeds) for lr in racing}
+        fewest = min(runs.values(), default=0)
+        if len(racing) < 2 or fewest == len(self.plan.search_seeds):
+            return False
+        self._finish([lr for lr in racing if runs[lr] == fewest], self.plan.search_seeds[fewest])
+        return True
+
+    def _add_finer(self) -> bool:
+        """If the race has not told the two best rates apart, try one between them. Whether there was one."""
+        racing = set(self._racing()) if self._is_race else set()
+        if len(racing) < 2 or any(made.action == "finer" for made in self.decisions):
+            return False
+        ranked = sorted((mean(trial.losses.values()), trial.lr) for trial in self.trials() if trial.lr in racing)
+        low, high = sorted(lr for _, lr in ranked[:2])
+        lr = rate_between(low, high)
+        if any(low < tried < high for tried in self._tried) or not low < lr < high:
+            return False
+        self._tried.append(lr)
+        self._decide(lr, "finer", f"{low:g} and {high:g} are left after {len(self.plan.search_seeds)} seeds")
+        self._search([lr])
+        return True
+
+    def tied(self) -> list[float]:
+        """The rates that the race could not tell from the chosen one, in ascending order."""
+        if not self._is_race or self.chosen is None:
+            return []
+        return sorted(lr for lr in self._racing() if lr != self.chosen.lr)
+
+    def _note_tie(self) -> None:
+        for lr in self.tied():
+            assert self.chosen is not None
+            found = self._versus(lr, self.chosen.lr)
+            words = f"the loss of {lr:g} minus its own is {_in_words(found)}" if found else f"with {lr:g}"
+            self._decide(self.chosen.lr, "tied", words)
+
+    def _versus(self, lr: float, best: float) -> Interval | None:
+        """The loss of a rate minus the best one's, over seeds and rows; None if they cannot be compared."""
+        ours, theirs = ({seed: self._last_losses(rate, seed) for seed in self.plan.search_seeds} for rate in (lr, best))
+        table = rate_contrast(ours, theirs)
+        return None if table is None else both_interval(table, self.plan.race_level)
+
+    def _last_losses(self, lr: float, seed: int) -> ValidationLosses | None:
+        """Those of a finished run that the search has asked for; None if its file of row losses is gone."""
+        evaluations = self.observe(lr, seed).evaluations if (lr, seed) in self._used else {}
+        return evaluations[max(evaluations)] if evaluations else None
+
+    # 4. Repeat.
 
     def _repeat(self) -> None:
         """Run the chosen rate at the other seeds. If it diverges, the next best rate follows."""
@@ -233,6 +325,15 @@ def _behind(losses: ValidationLosses, best: ValidationLosses) -> str:
     difference, error = paired_difference(losses, best)
     is_clear = difference > NOISE_FACTOR * error
     return f"{difference:.4f} (paired standard error {error:.4f}) behind" if is_clear else ""
+
+
+def _in_words(found: Interval) -> str:
+    return f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+
+
+def rate_between(low: float, high: float) -> float:
+    """The geometric mean of two rates, in two digits: 1e-2 and 3e-2 -> 1.7e-2."""
+    return float(f"{math.sqrt(low * high):.1e}")
 
 
 def rung_steps(steps: int, validate_every: int, fractions: Sequence[float]) -> tuple[int, ...]:
