@@ -78,7 +78,7 @@ class SearchOptions(SweepOptions):
 
     def __post_init__(self) -> None:
         if len(self.search_seeds) == 1:
-            raise ValueError(f"search_seeds={self.search_seeds} must have two seeds or more, such as [0, 1, 2, 3, 4, 5]")
+            raise ValueError(f"search_seeds={self.search_seeds} must have two seeds or more, such as [0,1,2,3]")
         if any(later <= rung for rung, later in itertools.pairwise(self.rungs)):
             raise ValueError(f"rungs={self.rungs} must rise, each once, such as {sorted(set(self.rungs))}")
         if self.highest_rate < self.lowest_rate:
