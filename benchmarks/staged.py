@@ -121,14 +121,11 @@ class Pick:
 def searches(curves: Sequence[Curve], validate_every: int, fractions: Sequence[float]) -> list[Pick]:
     """The searches of one configuration, one for each ordered pair of seeds."""
     rates = tuple(sorted({curve.lr for curve in curves}))
-    trials = [
-        RateTrial(
-            lr,
-            {curve.seed: mean_loss(curve.last) for curve in curves if curve.lr == lr and not curve.diverged},
-            failed=frozenset(curve.seed for curve in curves if curve.lr == lr and curve.diverged),
-        )
-        for lr in rates
-    ]
+    trials = []
+    for lr in rates:
+        own = [curve for curve in curves if curve.lr == lr]
+        losses = {curve.seed: mean_loss(curve.last) for curve in own if not curve.diverged}
+        trials.append(RateTrial(lr, losses, failed=frozenset(curve.seed for curve in own if curve.diverged)))
     full = choose_rate(trials, by="loss")
     assert full is not None
     steps = curves[0].steps
@@ -202,11 +199,9 @@ def main() -> None:
         record(arguments.outputs.absolute())
     curves = read_curves(CURVES)
     every = sorted(curves[0].evaluations)[1]
-    picks = [
-        pick
-        for name in dict.fromkeys(curve.configuration for curve in curves)
-        for pick in searches([curve for curve in curves if curve.configuration == name], every, (0.25, 0.5))
-    ]
+    picks: list[Pick] = []
+    for name in dict.fromkeys(curve.configuration for curve in curves):
+        picks += searches([curve for curve in curves if curve.configuration == name], every, (0.25, 0.5))
     lines = [["configuration", "seeds", "lr", "full grid's", "behind", "standard error", "steps", ""]]
     for pick in picks:
         numbers = [f"{pick.lr:g}", f"{pick.full_lr:g}", f"{pick.behind:.4f}", f"{pick.standard_error:.4f}"]

@@ -297,11 +297,11 @@ def terms(tying: Tying) -> dict[str, Term]:
 
 def target_terms(tying: Tying) -> dict[str, tuple[str, Term]]:
     """`target`, or `target:term` if there are several terms -> its target and its term."""
-    return {
-        f"{target}:{name}" if name else target: (target, term)
-        for target in tying.targets
-        for name, term in terms(tying).items()
-    }
+    found = {}
+    for target in tying.targets:
+        for name, term in terms(tying).items():
+            found[f"{target}:{name}" if name else target] = (target, term)
+    return found
 
 
 def trained_parts(tying: Tying) -> list[str]:

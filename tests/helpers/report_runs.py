@@ -92,18 +92,15 @@ def prediction_rows(
     scores: Sequence[Score], metric: str = METRIC, output: str | Sequence[str] = "#### 3"
 ) -> list[PredictionRow]:
     """A row for each score: a number, or the statistics of a corpus metric. `output` is one for all rows, or a list."""
-    return [
-        PredictionRow(
-            id=str(number),
-            prompt=f"Question {number}",
-            references=["3"],
-            output=output if isinstance(output, str) else output[number],
-            scores={metric: [float(part) for part in score] if isinstance(score, list) else float(score)},
-            output_tokens=3,
-            ended="end",
+    outputs = [output] * len(scores) if isinstance(output, str) else output
+    rows = []
+    for number, (text, score) in enumerate(zip(outputs, scores, strict=True)):
+        value = list(map(float, score)) if isinstance(score, list) else float(score)
+        prompt = f"Question {number}"
+        rows.append(
+            PredictionRow(str(number), prompt, ["3"], {metric: value}, output=text, output_tokens=3, ended="end")
         )
-        for number, score in enumerate(scores)
-    ]
+    return rows
 
 
 def write_run(root: Path, record: run_record.RunRecord) -> Path:

@@ -242,13 +242,11 @@ class TiedAdapter(nn.Module):
     @cached_property
     def _sites(self) -> dict[str, list[tuple[Site, list[str]]]]:
         """Target -> its sites, each with the paths of its modules in the adapted layers."""
-        return {
-            target: [
-                (site, [site.in_layer(layer) for layer in self.layers])
-                for site in architectures.sites(self.architecture, target)
-            ]
-            for target in self.tying.targets
-        }
+        found: dict[str, list[tuple[Site, list[str]]]] = {}
+        for target in self.tying.targets:
+            sites = architectures.sites(self.architecture, target)
+            found[target] = [(site, [site.in_layer(layer) for layer in self.layers]) for site in sites]
+        return found
 
     def parts(self) -> dict[str, nn.Parameter]:
         """`target.part`, or `target:term.part` -> its one parameter, trained or frozen."""

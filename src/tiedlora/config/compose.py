@@ -326,11 +326,11 @@ def _overrides(config: Config, train: str) -> list[str]:
     chosen = {"model": models.get(config.model.name, ""), "task": config.task.name, "tying": arm_of(config).option}
     chosen |= {"objective": config.objective.name, "rank": f"r{config.rank.r}", "train": train}
     defaults = [entry for entry in OmegaConf.load(CONF / "config.yaml").defaults if not isinstance(entry, str)]
-    words = [
-        f"{group}={name}"
-        for group, name in chosen.items()
-        if (name in options(group) or (group == "tying" and is_named(name))) and {group: name} not in defaults
-    ]
+    words = []
+    for group, name in chosen.items():
+        is_option = name in options(group) or (group == "tying" and is_named(name))
+        if is_option and {group: name} not in defaults:
+            words.append(f"{group}={name}")
     if "tying=peft" in words:
         words.append(f"tying.method={config.tying.method}")
     from_options = _identity_values(compose_config(words))
@@ -339,12 +339,13 @@ def _overrides(config: Config, train: str) -> list[str]:
     values.pop("train.init_digest", None)
     if values.get("rank.alpha") == in_hydras_grammar(float(config.rank.r)):
         del values["rank.alpha"]
-    differences = [
+    differences = []
+    for key, value in values.items():
+        if key.startswith((ARGUMENTS, LR_FACTORS)):
+            continue
         # A key at its neutral value is not among the values. Hydra's + adds a key that the schema does not have.
-        f"{'' if key in from_options or key in schema_keys() else '+'}{key}={value}"
-        for key, value in values.items()
-        if not key.startswith((ARGUMENTS, LR_FACTORS))
-    ]
+        is_known = key in from_options or key in schema_keys()
+        differences.append(f"{key}={value}" if is_known else f"+{key}={value}")
     for prefix, name in ((ARGUMENTS, "tying.arguments"), (LR_FACTORS, LR_FACTORS[:-1])):
         own = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
         if pairs := [f"{_as_key(key)}: {value}" for key, value in own.items()]:

@@ -219,18 +219,13 @@ def _handles(panels: Sequence[Panel]) -> list[Line2D]:
     """A file's legend: configurations, or what the markers of a forest say."""
     kind = panels[0].kind
     verdicts = [Key(verdict, colour, marker, "", []) for verdict, (colour, marker) in VERDICTS.items()]
-    return [
-        Line2D(
-            [],
-            [],
-            color=key.colour,
-            marker=key.marker,
-            markerfacecolor=BACK if key.name == "undecided" else key.colour,
-            linestyle=key.dash if kind in ("curves", "search") else "",
-            label=cut(key.name, 32),
-        )
-        for key in (verdicts if kind == "forest" else legend(panels))
-    ]
+    found = []
+    for key in verdicts if kind == "forest" else legend(panels):
+        inside = BACK if key.name == "undecided" else key.colour
+        dash = key.dash if kind in ("curves", "search") else ""
+        label, colour, marker = cut(key.name, 32), key.colour, key.marker
+        found.append(Line2D([], [], color=colour, marker=marker, markerfacecolor=inside, linestyle=dash, label=label))
+    return found
 
 
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
