@@ -222,9 +222,10 @@ def _handles(panels: Sequence[Panel]) -> list[Line2D]:
     found = []
     for key in verdicts if kind == "forest" else legend(panels):
         inside = BACK if key.name == "undecided" else key.colour
-        dash = key.dash if kind in ("curves", "search") else ""
         label, colour, marker = cut(key.name, 32), key.colour, key.marker
-        found.append(Line2D([], [], color=colour, marker=marker, markerfacecolor=inside, linestyle=dash, label=label))
+        line = Line2D([], [], color=colour, marker=marker, markerfacecolor=inside, label=label)
+        line.set_linestyle(key.dash if kind in ("curves", "search") else "none")
+        found.append(line)
     return found
 
 
