@@ -26,9 +26,9 @@ from torch.nn import functional as F
 import tiedlora
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
-from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import FORGETTING
 from tiedlora.export.folder import to_merged
+from tiedlora.places import PROJECT
 from tiedlora.records.loss_metrics import TARGET_LOSS
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.scores import read_scores

@@ -24,7 +24,7 @@ import numpy as np
 from tiedlora import errors, storage
 from tiedlora.analysis.intervals import mean_loss, paired_difference
 from tiedlora.analysis.rate_choice import RateTrial, choose_rate
-from tiedlora.config.project import PROJECT
+from tiedlora.places import PROJECT
 from tiedlora.records.rows import ValidationLosses, read_validation_losses
 from tiedlora.sweeps.cells import SweepCell
 from tiedlora.sweeps.expand import compose_sweep

@@ -29,7 +29,7 @@ from tiedlora.analysis.groups import RunGroup, group_runs
 from tiedlora.analysis.intervals import Clusters
 from tiedlora.analysis.runs import Measure, Scorebook, read_runs, read_selections, run_roots
 from tiedlora.analysis.worth import worth_of
-from tiedlora.config.project import PROJECT
+from tiedlora.places import PROJECT
 
 Array = NDArray[np.float64]
 SEEDS = (3, 5, 8)

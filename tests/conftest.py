@@ -35,8 +35,8 @@ from helpers import processes
 from helpers.tiny import PLACES, composed
 
 from tiedlora.config.identity import config_tree, run_id
-from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import Config
+from tiedlora.places import PROJECT
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.runs import run

@@ -10,8 +10,8 @@ from helpers import processes
 
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
-from tiedlora.config.project import PROJECT
 from tiedlora.errors import CLOSED_PIPE, STOPPED
+from tiedlora.places import PROJECT
 
 
 def assert_quiet(words: Sequence[str], *codes: int) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tiedlora.config.project import PROJECT
+from tiedlora.places import PROJECT
 
 EXAMPLES = {  # name -> (its words, what it prints)
     "custom_specification.py": (["{folder}/adapter"], "loaded back, merged"),

@@ -12,7 +12,7 @@ from helpers import processes
 from safetensors.torch import load_file
 
 from tiedlora.config.compose import compose_config
-from tiedlora.config.project import PROJECT
+from tiedlora.places import PROJECT
 from tiedlora.records.loss_metrics import LOSS_METRICS, TARGET_LOSS
 from tiedlora.tying import trainable_params
 

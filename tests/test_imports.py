@@ -35,6 +35,7 @@ ORDER = (
     "keys",
     "text",
     "storage",
+    "places",
     "errors",
 )
 """From top to bottom: a package may import what stands after it. CONTRIBUTING.md lists the packages in this order."""

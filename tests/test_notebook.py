@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from tiedlora.config.project import PROJECT
+from tiedlora.places import PROJECT
 
 NOTEBOOK = PROJECT / "examples" / "first_hour.ipynb"
 

@@ -7,10 +7,10 @@ import pytest
 from tiedlora import storage
 from tiedlora.config.compose import read_config
 from tiedlora.config.identity import arm_of, run_id
-from tiedlora.config.project import PROJECT
 from tiedlora.config.sizes import trainable_params
 from tiedlora.config.trial_arm import own_values
 from tiedlora.page import figures, readme, write
+from tiedlora.places import PROJECT
 from tiedlora.records.run_record import read_record
 from tiedlora.records.study_files import RUNS, is_finished, records_folder
 from tiedlora.sweeps.study import read_study

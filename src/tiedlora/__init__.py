@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from tiedlora.runs.library import base_of, load
     from tiedlora.tying import Architecture, Factor, Layout, Part, Tying, named
 
+__version__ = "0.2.0"
+"""The one place of the version. pyproject.toml reads it from here, because metadata of an editable install grow old."""
+
 _MODULES = {
     **dict.fromkeys(("AdapterSet", "Attached", "TiedAdapter", "attach", "attach_adapter"), "adapter"),
     **dict.fromkeys(("Architecture", "Factor", "Layout", "Part", "Tying", "named"), "tying"),

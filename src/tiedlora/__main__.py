@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 
+import tiedlora
 from tiedlora import errors
 from tiedlora.errors import UserError
 from tiedlora.text import nearest
@@ -39,6 +40,9 @@ def main() -> None:
         if name in ("", "-h", "--help"):
             print(overview())
             raise SystemExit(0 if name else errors.MISTAKE)
+        if name == "--version":
+            print(f"{errors.CONSOLE} {tiedlora.__version__}")
+            return
         if name not in COMMANDS:
             known = f"{nearest(name, COMMANDS)}; `tiedlora --help` shows all commands"
             raise UserError(f"{name!r:.80}: no such command{known}")

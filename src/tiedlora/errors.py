@@ -94,6 +94,8 @@ def as_called(text: str) -> str:
     """The text with all commands named as the present one was called: `tiedlora score` or `scripts/score.py`."""
     if not sys.argv[0].startswith(f"{CONSOLE} "):
         return text
+    # torchrun starts a file or a module, and no command.
+    text = re.sub(r"(torchrun [^`;.]*)\btrain\.py\b", rf"\1-m {CONSOLE} train", text)
     return re.sub(r"(?:python\s+)?(?:scripts/(\w+)|(train))\.py\b", rf"{CONSOLE} \1\2", text)
 
 

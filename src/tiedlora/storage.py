@@ -287,11 +287,6 @@ _Loader.add_implicit_resolver(
 )
 
 
-def conf_folder() -> Path:
-    """The folder of the options: conf/ of the checkout."""
-    return Path(__file__).resolve().parents[2] / "conf"
-
-
 def copy_folder(source: Path, path: Path) -> None:
     """Copy a folder completely or not at all."""
     with new_folder(path) as beside:

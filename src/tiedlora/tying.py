@@ -23,6 +23,7 @@ from pydantic import AfterValidator, Field, PlainValidator
 from tiedlora import storage
 from tiedlora.errors import UserError
 from tiedlora.keys import CHECKED, EXECUTION, Name, Number, Text, Whole, from_person, is_count, neutral
+from tiedlora.places import CONF
 
 Scaling = Literal["standard", "rslora"]
 SCALINGS = get_args(Scaling)
@@ -435,7 +436,7 @@ def _named(name: str) -> Tying:
         if name in RENAMED:
             raise UserError(f"tying={name}: {RENAMED[name]}")
         raise UserError(f"tying={name}: is not one of {', '.join(known)}; for another, build a tiedlora.Tying")
-    return from_person(Tying, storage.read_yaml(storage.conf_folder() / "tying" / f"{name}.yaml"))
+    return from_person(Tying, storage.read_yaml(CONF / "tying" / f"{name}.yaml"))
 
 
 def lora_layers(name: str) -> int | None:

@@ -11,7 +11,7 @@ from tiedlora.analysis.answers import Answer, Findings, Look, Verdict
 from tiedlora.analysis.intervals import Clusters
 from tiedlora.analysis.over_tasks import claim_verdicts
 from tiedlora.analysis.rules import Sides
-from tiedlora.config.project import PROJECT
+from tiedlora.places import PROJECT
 from tiedlora.records.interval import Interval
 
 SURE = {"rows": 1000, "seed_sd": 0.002}

@@ -9,8 +9,8 @@ from helpers.report_runs import diverge, report_of_claim, scored_run, world
 from tiedlora.analysis import claims, rules
 from tiedlora.analysis.rules import better_by, retains
 from tiedlora.config import compose
-from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
+from tiedlora.places import PROJECT
 from tiedlora.tying import LrFactors
 
 FILE = PROJECT / "claims" / "tied_lora.yaml"

@@ -17,7 +17,7 @@ from tiedlora.analysis.intervals import (
     outlying,
     paired_proportions,
 )
-from tiedlora.config.project import PROJECT
+from tiedlora.places import PROJECT
 from tiedlora.records.rows import ValidationLosses
 
 

@@ -8,7 +8,7 @@ from statsmodels.stats.multitest import multipletests
 
 from tiedlora.analysis import intervals, rules
 from tiedlora.analysis.rules import Plan, Sides, better_by, level_within, retained_at_least, retains
-from tiedlora.config.project import PROJECT
+from tiedlora.places import PROJECT
 
 sys.path.append(str(PROJECT / "benchmarks"))
 import verdicts

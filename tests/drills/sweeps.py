@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers import processes
 
-from tiedlora.config.project import PROJECT
+from tiedlora.places import PROJECT
 from tiedlora.records.run_folder import RunFolder
 
 STEPS = 8

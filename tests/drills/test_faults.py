@@ -22,7 +22,7 @@ from helpers.tiny import folder_of, losses_of, rows_of, score_more
 from safetensors.torch import save_file
 
 from tiedlora.config.compose import compose_config
-from tiedlora.config.project import PROJECT
+from tiedlora.places import PROJECT
 from tiedlora.records.rows import AppendedFile, read_metrics
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.scores import read_scores

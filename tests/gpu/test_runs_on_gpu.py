@@ -11,8 +11,8 @@ from helpers.tiny import folder_of, losses_of, rows_of
 from safetensors.torch import load_file
 
 from tiedlora.config.identity import run_id
-from tiedlora.config.project import PROJECT
 from tiedlora.models.device import execution_on, free_memory
+from tiedlora.places import PROJECT
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import TrainingRecord
 from tiedlora.runs import run, trainer

@@ -22,7 +22,7 @@ from typing import TypeVar
 
 from helpers.processes import SECONDS_AT_MOST, STARTED, end_group
 
-from tiedlora.config.project import PROJECT
+from tiedlora.places import PROJECT
 
 T = TypeVar("T")
 SCRIPT = PROJECT / "train.py"

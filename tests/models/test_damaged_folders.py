@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTNeoConfig
 
 from tiedlora import storage
-from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.models import base_model
 from tiedlora.models.base_model import load_base
 from tiedlora.models.identity import known_digest, tokens_digest
+from tiedlora.places import PROJECT
 from tiedlora.runs import loading, run, verify
 from tiedlora.runs.inputs import SingleSlotCache
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiedlora
 from tiedlora.config.embedded import EMBEDDED
 from tiedlora.config.identity import run_id
-from tiedlora.config.project import PROJECT
+from tiedlora.places import PROJECT
 from tiedlora.models.base_model import embedded_file, embedded_folder, load_base
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, GPTJConfig, OPTConfig
 from tiedlora import storage
 from tiedlora.config.embedded import EMBEDDED
 from tiedlora.config.explain import options
-from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.models import base_model
 from tiedlora.models.base_model import load_base
 from tiedlora.models.device import execution_on
 from tiedlora.models.identity import known_digest
+from tiedlora.places import PROJECT
 from tiedlora.runs import run
 from tiedlora.tying import Architecture, Layout
 

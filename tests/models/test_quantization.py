@@ -15,12 +15,12 @@ import tiedlora
 from tiedlora.adapter import attach
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
-from tiedlora.config.project import PROJECT
 from tiedlora.data.batching import microbatches
 from tiedlora.data.encoding import Encoded
 from tiedlora.errors import UserError
 from tiedlora.export.folder import ExportOptions, export_run
 from tiedlora.models.base_model import load_base
+from tiedlora.places import PROJECT
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.scores import read_run_scores
 from tiedlora.runs import run

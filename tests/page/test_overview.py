@@ -17,9 +17,9 @@ from helpers.report_runs import (
 from tiedlora.analysis.comparison import OTHER_ENDS
 from tiedlora.analysis.groups import group_runs
 from tiedlora.analysis.runs import read_runs
-from tiedlora.config.project import PROJECT
 from tiedlora.page import charts, tables, write
 from tiedlora.page.tables import overview
+from tiedlora.places import PROJECT
 
 ROWS = 40
 

@@ -4,6 +4,7 @@ import subprocess
 
 import pytest
 
+import tiedlora
 from tiedlora.records import provenance
 
 
@@ -23,6 +24,19 @@ def checkout(tmp_path, monkeypatch):
     provenance.code_version.cache_clear()
     yield tmp_path
     provenance.code_version.cache_clear()
+
+
+def test_without_a_commit_of_its_own_the_code_is_a_version(checkout, monkeypatch):
+    known = provenance.code_version()
+    assert (known.version, known.short, str(known)) == (None, known.commit[:8], f"commit {known.commit}")
+    # A copy of the files in another repository, and an installed package.
+    (checkout / "copy").mkdir()
+    for place in (checkout / "copy", None):
+        monkeypatch.setattr(provenance, "PROJECT", place)
+        provenance.code_version.cache_clear()
+        version = provenance.code_version()
+        assert version == provenance.CodeVersion(None, None, tiedlora.__version__)
+        assert version.short == str(version) == f"version {tiedlora.__version__}"
 
 
 RECORD = "studies/s/runs/a/result.json"

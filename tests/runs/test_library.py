@@ -13,7 +13,7 @@ import tiedlora
 from tiedlora import UserError, tying
 from tiedlora.adapter import attach
 from tiedlora.config.identity import run_id
-from tiedlora.config.project import CONF
+from tiedlora.places import CONF
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
 

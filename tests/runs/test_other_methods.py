@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from tiedlora import other_methods
 from tiedlora.adapter import arms
 from tiedlora.config.compose import read_config
-from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.export.folder import ExportOptions, export_run
+from tiedlora.places import PROJECT
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.scores import read_run_scores
 from tiedlora.runs import library, run

@@ -10,8 +10,8 @@ from helpers.task_rows import write
 from helpers.tiny import folder_of, rows_of, score_more, tiny
 
 from tiedlora.config.compose import compose_config
-from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
+from tiedlora.places import PROJECT
 from tiedlora.records.rows import read_metrics, read_validation_losses
 from tiedlora.records.scores import read_run_scores, read_scores
 from tiedlora.runs import inputs, loading, run

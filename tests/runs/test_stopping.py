@@ -12,9 +12,9 @@ from helpers import processes
 from helpers.commands import wait_until
 from helpers.tiny import folder_of, rows_of
 
-from tiedlora.config.project import PROJECT
 from tiedlora.errors import STOP_MESSAGE, StoppedEarly, exit_codes
 from tiedlora.models import device
+from tiedlora.places import PROJECT
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run

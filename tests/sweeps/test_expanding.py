@@ -16,8 +16,8 @@ from hydra.types import RunMode
 from tiedlora.config import compose, trial_arm
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import config_tree, run_id
-from tiedlora.config.project import CONF
 from tiedlora.errors import UserError
+from tiedlora.places import CONF
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.sweeps.expand import CellComposer, compose_sweep
 

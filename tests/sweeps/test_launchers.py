@@ -13,10 +13,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 from tiedlora.config.compose import VERSION_BASE, register
-from tiedlora.config.project import CONF
 from tiedlora.config.schema import SLOT_DEVICE
 from tiedlora.errors import UserError
 from tiedlora.models.device import resolve_device
+from tiedlora.places import CONF
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.scores import read_scores
 from tiedlora.runs import run

@@ -10,8 +10,8 @@ from helpers.commands import Command, wait_until
 from helpers.sweeping import times
 
 from tiedlora.adapter.attach import Adapted
-from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
+from tiedlora.places import PROJECT
 from tiedlora.runs import inputs, loading, run
 from tiedlora.sweeps import launching
 from tiedlora.sweeps.cells import Sweep, SweepCell

@@ -18,8 +18,8 @@ from helpers.hostile import snapshot
 from helpers.sweeping import fail, held, search_options
 from rich.console import Console
 
-from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
+from tiedlora.places import PROJECT
 from tiedlora.records.run_folder import State
 from tiedlora.records.selection import read_selection
 from tiedlora.sweeps import staged, status

@@ -17,8 +17,8 @@ from tiedlora import storage
 from tiedlora.analysis.runs import read_runs, run_roots
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
-from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
+from tiedlora.places import PROJECT
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.selection import RateChoice, Selection, write_selection
 from tiedlora.runs import run

@@ -14,9 +14,9 @@ from helpers.tiny import task_option as compose_task
 
 from tiedlora import storage
 from tiedlora.commands.fetch_data import main as fetch
-from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import SPLITS
 from tiedlora.errors import UserError
+from tiedlora.places import PROJECT
 from tiedlora.tasks import Task, digest, load_examples
 from tiedlora.tasks.generated import worked_sum
 from tiedlora.tasks.rows import DataRow

@@ -5,8 +5,8 @@ import re
 import pytest
 from helpers.task_rows import FIVE, GOOD, RELABELLED, one_example, task_option, write
 
-from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
+from tiedlora.places import PROJECT
 from tiedlora.tasks import Example, Task, digest, load_examples, render
 from tiedlora.tasks.hellaswag import cleaned
 from tiedlora.tasks.rows import DataRow, NoSuchSplit, RowError

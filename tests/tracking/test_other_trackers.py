@@ -10,7 +10,7 @@ from helpers import processes
 
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
-from tiedlora.config.project import PROJECT
+from tiedlora.places import PROJECT
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.scores import read_run_scores

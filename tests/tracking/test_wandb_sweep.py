@@ -9,7 +9,7 @@ from helpers.commands import Command
 from wandb.util import get_core_path
 
 from tiedlora.config.compose import compose_config
-from tiedlora.config.project import PROJECT
+from tiedlora.places import PROJECT
 from tiedlora.sweeps.expand import compose_sweep
 
 CURVES = {"train/loss", "train/lr", "train/grad_norm", "train/tokens", "train/seconds", "validation/loss"}

@@ -159,7 +159,7 @@ class Comparison:
             estimate = estimate.over_rows(table, self._blended(tables), clusters)
         except NotComparable as why:
             notes.append(f"no interval over examples: {why}")
-        commits = [{str(code.commit) for run in own for code in run.record.code_versions} for own in runs]
+        commits = [{code.commit or code.short for run in own for code in run.record.code_versions} for own in runs]
         if any(own != commits[0] for own in commits):
             notes.append("made by another commit")
         if other_ends(runs, measure):

@@ -321,8 +321,8 @@ def shown_splits(groups: Sequence[RunGroup], split: str | None) -> dict[tuple[st
 
 
 def short_commits(run: Run) -> list[str]:
-    """The first characters of the run's commit, or of its commits if it was continued with other code."""
-    return list(dict.fromkeys(str(code.commit)[:8] for code in run.record.code_versions))
+    """The first characters of the run's commit, or its version; several if it was continued with other code."""
+    return list(dict.fromkeys(code.short for code in run.record.code_versions))
 
 
 # Curves.

@@ -10,9 +10,8 @@ task that gives the run's score.
 
 from pathlib import Path
 
-from tiedlora.commands.parser import Parser
+from tiedlora.commands.parser import Parser, filled
 from tiedlora.config.compose import read_finished_config
-from tiedlora.config.project import filled
 from tiedlora.config.schema import SCORED_SPLITS
 from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tiedlora import storage
-from tiedlora.commands.parser import Parser
+from tiedlora.commands.parser import Parser, filled
 from tiedlora.config import compose
-from tiedlora.config.project import filled
 from tiedlora.config.schema import Split
 from tiedlora.errors import UserError
 from tiedlora.keys import from_person

@@ -15,11 +15,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tiedlora.commands.parser import Parser
+from tiedlora.commands.parser import Parser, filled
 from tiedlora.config.identity import adapter_folder
-from tiedlora.config.project import filled, folder_of
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
+from tiedlora.places import folder_of
 from tiedlora.text import visible, visible_lines
 
 if TYPE_CHECKING:

@@ -3,14 +3,14 @@
 import runpy
 import sys
 
-from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
+from tiedlora.places import PROJECT
 
 
 def main(words: list[str]) -> None:
-    program = PROJECT / "benchmarks" / "gpu.py"
-    if not program.is_file():
+    if PROJECT is None:
         raise UserError("gpu: runs the tests of a checkout of the project, and this is an installed package; clone it")
+    program = PROJECT / "benchmarks" / "gpu.py"
     sys.argv[1:] = words
     # It imports the files beside it.
     sys.path.insert(0, str(program.parent))

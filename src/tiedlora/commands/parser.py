@@ -2,9 +2,13 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from tiedlora.errors import as_called
+from tiedlora.errors import UserError, as_called
+
+T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,3 +25,19 @@ class Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         """The help, with the command as it was called."""
         return as_called(super().format_help())
+
+
+def filled(option: str, kind: Callable[[str], T]) -> Callable[[str], T]:
+    """The `type=` of a path for argparse. An empty one would be the present folder, or count as not given.
+
+    Args:
+        option: as the message names it, such as `--out`.
+        kind: what the command gets: str or Path.
+    """
+
+    def path(text: str) -> T:
+        if not text:
+            raise UserError(f"{option}: is empty; give a path, or leave it out (is a variable of the shell not set?)")
+        return kind(text)
+
+    return path

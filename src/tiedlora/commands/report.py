@@ -6,12 +6,10 @@ interval.
 
 from pathlib import Path
 
-from tiedlora.commands.parser import Parser
-from tiedlora.config.project import PROJECT, filled
+from tiedlora.commands.parser import Parser, filled
 from tiedlora.errors import UserError
 from tiedlora.page import readme, write
-
-CLAIMS = PROJECT / "claims" / "tied_lora.yaml"
+from tiedlora.places import CLAIMS
 
 
 def main(words: list[str]) -> None:

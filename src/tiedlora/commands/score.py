@@ -9,9 +9,9 @@ RUN is a run's folder. Each kind of scores is a new file, such as RUN/scores/tes
 from dataclasses import replace
 from pathlib import Path
 
-from tiedlora.commands.parser import Parser
+from tiedlora.commands.parser import Parser, filled
 from tiedlora.config import compose
-from tiedlora.config.project import filled, folder_of
+from tiedlora.places import folder_of
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.scores import read_run_scores
 from tiedlora.records.summary import terminal_lines

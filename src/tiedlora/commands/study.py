@@ -23,10 +23,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tiedlora import errors
-from tiedlora.commands.parser import Parser
+from tiedlora.commands.parser import Parser, filled
 from tiedlora.config import compose
-from tiedlora.config.project import PROJECT, filled, folder_of
-from tiedlora.errors import UserError
+from tiedlora.errors import UserError, as_called
+from tiedlora.places import cache_folder, folder_of, outputs_folder
 from tiedlora.records import study_files
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
@@ -34,8 +34,6 @@ from tiedlora.sweeps import forecast, study
 from tiedlora.tracking.progress import show_log
 from tiedlora.training import signals
 
-CACHE = Path(folder_of("TIEDLORA_CACHE") or PROJECT / ".cache")
-"""The folder of converted models. A record does not name one."""
 REPEATED_LOSS = 0.05
 """By how much the validation loss of a repeated run may differ on another kind of device, as a share of it."""
 
@@ -48,8 +46,7 @@ def main(words: list[str]) -> None:
         os.environ["TIEDLORA_DATA"] = arguments.data_root
     folder, part, own_words = arguments.study, arguments.part, arguments.words
     planned = study.read_study(folder)
-    root = Path(folder_of("TIEDLORA_OUTPUTS") or PROJECT / "outputs")
-    outputs = (arguments.outputs or root / "studies" / planned.name).expanduser().absolute()
+    outputs = (arguments.outputs or outputs_folder() / "studies" / planned.name).expanduser().absolute()
     commands: dict[str, Callable[[], None]] = {
         "plan": lambda: show_plan(planned, outputs, part),
         "forecast": lambda: show_forecast(planned, outputs, part, own_words),
@@ -91,7 +88,7 @@ def read_arguments(words: list[str]) -> argparse.Namespace:
 
 def show_plan(planned: study.Study, outputs: Path, part: str | None) -> None:
     for name, words, _ in planned.composed(outputs, part):
-        print(f"{name}: python train.py --multirun {' '.join(map(shown, words))}")
+        print(as_called(f"{name}: python train.py --multirun {' '.join(map(shown, words))}"))
 
 
 def shown(word: str) -> str:
@@ -146,7 +143,7 @@ def repeat(folder: Path, run_ids: list[str], outputs: Path, data_root: str | Non
     config.outputs, config.data_root, config.force = str(outputs), data_root, True
     # The record has no path of a neutral text. A tracker would replace the run that it has under this id.
     config.score.splits, config.score.forgetting, config.tracking.backend = [], None, "none"
-    config.cache = str(CACHE)
+    config.cache = str(cache_folder())
     repeated = run.main(config)
     assert repeated is not None
     for name, sha256 in recorded.files.items():
@@ -169,7 +166,7 @@ def verify_runs(folder: Path, run_ids: list[str], data_root: str | None) -> None
 
     checked, wrong = finished_runs(folder, run_ids), []
     for kept in checked:
-        findings = verify.verify(kept.path, data_root=data_root, cache=CACHE)
+        findings = verify.verify(kept.path, data_root=data_root, cache=cache_folder())
         disagreeing = [finding for finding in findings if finding.ok is False]
         print(verify.line_of_run(kept.path.name, findings), flush=True)
         if disagreeing:

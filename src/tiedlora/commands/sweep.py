@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tiedlora.analysis.rate_choice import CRITERIA
 from tiedlora.commands.parser import Parser
-from tiedlora.config.project import PROJECT, folder_of
 from tiedlora.errors import UserError
+from tiedlora.places import outputs_folder
 from tiedlora.records.selection import SELECTION_FILE, write_selection
 from tiedlora.sweeps import forecast, selection, status
 from tiedlora.sweeps.cells import Sweep
@@ -103,7 +103,7 @@ def show_live(words: list[str], names: list[str]) -> None:
         raise UserError("watch: takes one sweep: its id, its name, its folder, or the words of train.py --multirun")
     if all(word.startswith("outputs=") for word in words):
         places = [word.removeprefix("outputs=") for word in words]
-        outputs = Path(*(places[-1:] or [folder_of("TIEDLORA_OUTPUTS") or str(PROJECT / "outputs")])).expanduser()
+        outputs = Path(places[-1]).expanduser() if places else outputs_folder()
         folder = status.find_sweep(outputs.absolute(), *names)
     else:
         folder = compose_sweep(words).path

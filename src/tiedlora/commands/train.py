@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from tiedlora import errors
 from tiedlora.config import compose
 from tiedlora.config.explain import readable_errors
-from tiedlora.config.project import CONF
+from tiedlora.places import CONF
 from tiedlora.runs import run
 
 

@@ -8,9 +8,9 @@ was checked agrees; 3: something does not agree.
 from pathlib import Path
 
 from tiedlora import errors
-from tiedlora.commands.parser import Parser
-from tiedlora.config.project import filled, folder_of
+from tiedlora.commands.parser import Parser, filled
 from tiedlora.errors import UserError
+from tiedlora.places import folder_of
 from tiedlora.tracking.progress import show_log
 
 

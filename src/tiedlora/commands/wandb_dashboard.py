@@ -10,8 +10,7 @@ import os
 from pathlib import Path
 
 from tiedlora.analysis.runs import read_runs, run_roots
-from tiedlora.commands.parser import Parser
-from tiedlora.config.project import filled
+from tiedlora.commands.parser import Parser, filled
 from tiedlora.errors import UserError
 from tiedlora.page import wandb_dashboard
 from tiedlora.text import is_name

@@ -37,12 +37,12 @@ from tiedlora.config.identity import (
     run_id,
     without_gone_keys,
 )
-from tiedlora.config.project import CONF, PROJECT, folder_of
 from tiedlora.config.schema import Config, RankConfig, TaskConfig
 from tiedlora.config.sizes import at_budget
 from tiedlora.errors import UserError
 from tiedlora.keys import from_person
 from tiedlora.other_methods import REGISTERED, TyingConfig, resolve
+from tiedlora.places import CONF, DATA, default_folder, folder_of, own_options
 from tiedlora.text import nearest
 from tiedlora.tying import LR_ON_LAYERS, Architecture, Term, adapted_layers, is_named
 
@@ -65,7 +65,7 @@ _register_resolver: Any = OmegaConf.register_resolver if _IS_NEW else OmegaConf.
 
 @functools.cache
 def register() -> None:
-    """Register the schema, the options `tying=peft/NAME` and the `project` resolver with Hydra, once in a process.
+    """Register the schema, the options `tying=peft/NAME` and the resolvers of conf/config.yaml, once in a process.
 
     Raises:
         UserError: conf/peft_methods.yaml is not readable.
@@ -87,7 +87,29 @@ def register() -> None:
         name = f"LoRA_l{count}"
         own = {"name": name, "layers": [f"evenly {count}"], "suggested_lr": LR_ON_LAYERS}
         store.store(group="tying", name=name, node={"defaults": ["LoRA", "_self_"], **own})
-    _register_resolver("project", lambda: str(PROJECT), replace=True)
+    _register_resolver("default_folder", lambda kind: str(default_folder(kind)), replace=True)
+    _register_resolver("option_folders", option_folders, replace=True)
+
+
+def option_folders() -> list[str]:
+    """Where Hydra looks for options that are not in conf/: grids, and options of one's own, as its search path.
+
+    Raises:
+        UserError: an option of the working folder has the name of another one, which Hydra would take.
+    """
+    folders = [DATA / "sweeps"]
+    if own := own_options():
+        _check_names(own)
+        folders.append(own)
+    return [f"file://{folder}" for folder in folders]
+
+
+@functools.cache
+def _check_names(own: Path) -> None:
+    for file in sorted(own.glob("*/**/*.yaml")):
+        name = file.relative_to(own)
+        if (other := CONF / name).is_file() and other.read_bytes() != file.read_bytes():
+            raise UserError(f"{file}: {name.parent}={name.stem} is an option of tiedlora; give this one another name")
 
 
 def load(composed: DictConfig | dict[str, Any]) -> Config:

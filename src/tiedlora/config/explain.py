@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException, OverrideParseException
@@ -15,10 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from tiedlora import storage
-from tiedlora.config.project import CONF, PROJECT
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.keys import help_of, sections
+from tiedlora.places import CONF, DATA, own_options
 from tiedlora.text import nearest, visible
 from tiedlora.tying import RENAMED
 
@@ -87,7 +88,8 @@ def _unknown_option(group: str, option: str) -> str:
     if group == "hydra":
         inner, _, option = option.partition("/")
         group, names = f"hydra/{inner}", ["basic"] if inner == "launcher" else []
-    names += options(group)
+    own = own_options()
+    names += [*options(group), *(_names(group, own) if own else ())]
     choose = f"; choose one of {', '.join(names)}" if names else ""
     hint = ", or set any number as rank.r=NUMBER" if group == "rank" else nearest(option, names)
     return f"{group}={option}: no such option{choose}{hint}"
@@ -131,9 +133,12 @@ def _first_sentence(text: str) -> str:
 @cache
 def options(group: str) -> list[str]:
     """The options of a group of conf/, or of `grid`, whose files are in sweeps/grid/. By name."""
-    folders = [root / group for root in (CONF, PROJECT / "sweeps")]
-    files = [path.relative_to(folder).with_suffix("") for folder in folders for path in folder.rglob("*.yaml")]
-    return sorted([*map(str, files), *(peft_options() if group == "tying" else ())])
+    return sorted([*_names(group, CONF, DATA / "sweeps"), *(peft_options() if group == "tying" else ())])
+
+
+def _names(group: str, *roots: Path) -> list[str]:
+    folders = [root / group for root in roots]
+    return [str(path.relative_to(folder).with_suffix("")) for folder in folders for path in folder.rglob("*.yaml")]
 
 
 @cache

@@ -190,7 +190,7 @@ def card(record: RunRecord, scores: RunScores, config: Config, options: ExportOp
         terms=identity(config.tying).get("terms"),
         embedded=EMBEDDED.get(config.model.name) if config.model.source == "embedded" else None,
         label=record.arm.configuration,
-        commits=[code for code in record.code_versions if code.commit is not None],
+        made_with=[code for code in record.code_versions if code.commit is not None or code.version is not None],
         command=compose.command(config),
         options=options,
         task=task,

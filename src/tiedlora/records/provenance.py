@@ -11,7 +11,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tiedlora.config.project import PROJECT
+import tiedlora
+from tiedlora.places import PROJECT
 from tiedlora.reading import Flag, StoredCount, StoredText
 
 STUDY_RECORDS = "studies/*/runs/**"
@@ -33,9 +34,8 @@ PACKAGES = (
     "reasoning-gym",
     "hydra-core",
     "scipy",
-    "tiedlora",
 )
-"""The packages that a result depends on. Their versions are recorded."""
+"""The packages that a result depends on. Their versions are recorded, beside our own."""
 CHAT_TEMPLATE = "chat template"
 """The entry beside them that holds the digest of the chat template, for a task that uses one."""
 TOKENIZER = "tokenizer"
@@ -48,13 +48,23 @@ TARGET_BLANK, LEFT_OUT = "target blank", "left out"
 
 @dataclass(frozen=True)
 class CodeVersion:
-    """The commit of the checkout whose code ran; None outside a git checkout."""
+    """The code that ran: a commit of a checkout or, without one, a version of the package."""
 
     commit: StoredText | None
+    """None outside a git checkout. Then the code may be any, also changed by hand."""
     dirty: Flag | None
-    """Whether the checkout had uncommitted changes."""
+    """Whether the checkout had uncommitted changes; None outside a git checkout."""
+    version: StoredText | None = None
+    """The package's version, where no commit is known; None in records before this key."""
+
+    @property
+    def short(self) -> str:
+        """The start of the commit or, without one, the version."""
+        return self.commit[:8] if self.commit is not None else f"version {self.version or 'unknown'}"
 
     def __str__(self) -> str:
+        if self.commit is None:
+            return self.short
         return f"commit {self.commit}{' with uncommitted changes' if self.dirty else ''}"
 
 
@@ -100,17 +110,21 @@ class ContinuedFrom:
 
 @functools.cache
 def code_version() -> CodeVersion:
-    """The commit of this checkout at the first call, and whether it has uncommitted changes.
+    """The commit of this checkout at the first call, and whether it has uncommitted changes; or the package's version.
 
     A process goes on with the code that it has read, whatever is committed while it runs. The records that a study
     writes while it runs are results, and no part of the code.
     """
     status = git("status", "--porcelain", "--", ".", f":(exclude,glob){STUDY_RECORDS}")
-    return CodeVersion(git("rev-parse", "HEAD"), None if status is None else bool(status))
+    commit = git("rev-parse", "HEAD")
+    return CodeVersion(commit, None if status is None else bool(status), None if commit else tiedlora.__version__)
 
 
 def git(*arguments: str) -> str | None:
     """The output of git; None outside a git checkout, or if git is missing."""
+    # An installed package, or a copy of the files, may be inside another repository, whose commits are not this code's.
+    if PROJECT is None or not (PROJECT / ".git").exists():
+        return None
     try:
         done = subprocess.run(["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -120,7 +134,7 @@ def git(*arguments: str) -> str | None:
 
 def package_versions() -> dict[str, str]:
     """Package -> installed version, for Python and the packages of PACKAGES that are installed."""
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "tiedlora": tiedlora.__version__}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

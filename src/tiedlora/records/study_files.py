@@ -16,8 +16,8 @@ from lzma import LZMAError
 from pathlib import Path
 
 from tiedlora import storage
-from tiedlora.config.project import PROJECT, folder_of
 from tiedlora.errors import UserError
+from tiedlora.places import cache_folder
 
 PLAN = "study.yaml"
 ARCHIVE = "records.tar.xz"
@@ -61,7 +61,7 @@ def records_folder(folder: Path) -> Path:
     recorded: list[str] = _SHA256.findall(storage.read_bytes(folder / PLAN).decode("utf-8", "replace"))
     if recorded != [sha256]:
         raise UserError(f"{archive}: has the sha256 {sha256}, and {PLAN} says {', '.join(recorded) or 'none'}")
-    cache = Path(folder_of("TIEDLORA_CACHE") or PROJECT / ".cache") / "studies"
+    cache = cache_folder() / "studies"
     cache.mkdir(parents=True, exist_ok=True)
     unpacked = cache / sha256[:24]
     with storage.locked(cache / f"{sha256[:24]}.lock"):

@@ -30,18 +30,18 @@ from tiedlora.config import compose
 from tiedlora.config.check import check_new_run
 from tiedlora.config.explain import readable_errors
 from tiedlora.config.identity import config_tree, leaves
-from tiedlora.config.project import CONF
 from tiedlora.config.schema import Config
 from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
 from tiedlora.keys import CHECKED, Count, Distinct, Number, Text, Whole, from_person
+from tiedlora.places import CONF
 from tiedlora.sweeps.cells import Sweep, SweepCell
 
 SECTIONS = tuple(item.name for item in fields(Config))
 MOST_CELLS = 100_000
 """A larger grid is a typing mistake: to compose its cells alone would take an hour."""
-_REFERENCE = re.compile(r"\$\{(?!oc\.env:|project:)")
-"""An interpolation that may read another section. The two resolvers read the environment and the project's folder."""
+_REFERENCE = re.compile(r"\$\{(?!oc\.env:|default_folder:)")
+"""An interpolation that may read another section. The two resolvers read the environment and name a folder."""
 _OF_AN_ARM = re.compile(r"\+*(tying|rank|budget|train\.lr_factor)\b")
 """The words that say something about an arm: its tying, its size, and the rates of its parts."""
 

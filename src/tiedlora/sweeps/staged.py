@@ -25,9 +25,9 @@ from tiedlora.analysis.claims import Claim, Pair, Side
 from tiedlora.analysis.groups import group_runs
 from tiedlora.analysis.runs import LeftOut, Run, Scorebook, read_run
 from tiedlora.config.identity import identity
-from tiedlora.config.project import PROJECT
 from tiedlora.config.trial_arm import TrialArm
 from tiedlora.errors import UserError
+from tiedlora.places import DATA
 from tiedlora.records.rows import read_validation_losses
 from tiedlora.records.scores import read_run_scores
 from tiedlora.records.selection import LOSS, SELECTION_FILE, RateChoice, RateSearch, Selection, write_selection
@@ -269,7 +269,7 @@ def run_deciding(sweep: Sweep, options: DecidingOptions, launch: Launch) -> None
     least, budget = max(Counter(cell.config.seed for cell in sweep.cells).values()), options.budget
     if budget is not None and budget < least:
         raise UserError(f"hydra.sweeper.budget={budget}: the search alone has {least} runs or more; raise the budget")
-    path = Path(options.claims) if Path(options.claims).exists() else PROJECT / options.claims
+    path = Path(options.claims) if Path(options.claims).exists() else DATA / options.claims
     planned = claim_files.read(path)
     configs = [cell.config for cell in sweep.cells]
     names = {name for cell in sweep.cells for name in (cell.arm.configuration, cell.arm.name)}

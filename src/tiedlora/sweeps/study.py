@@ -24,10 +24,10 @@ from pydantic import AfterValidator, Field
 from tiedlora import storage
 from tiedlora.config.compose import in_hydras_grammar
 from tiedlora.config.identity import identity_digest
-from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.export.study_records import export_adapter, export_record, export_scores, export_stopped
 from tiedlora.keys import from_person
+from tiedlora.places import PROJECT
 from tiedlora.reading import StoredText
 from tiedlora.records.provenance import code_version, git
 from tiedlora.records.run_folder import BASE, RunFolder, State
@@ -172,6 +172,11 @@ def check_can_run(folder: Path) -> None:
         UserError: it is finished, there are uncommitted changes, or the plan is not in the commit.
     """
     _check_unfinished(folder)
+    if PROJECT is None:
+        raise UserError(
+            "study run: its runs record the commit of the code and of the plan, and an installed package has none; use "
+            "a checkout of the project"
+        )
     plan = (folder / PLAN).resolve()
     if git("ls-files", "--error-unmatch", str(plan)) is None:
         raise UserError(f"{folder / PLAN}: is not committed; commit the plan before the first run")

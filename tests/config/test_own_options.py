@@ -1,0 +1,45 @@
+"""Options of one's own, in conf/ of the working folder."""
+
+import pytest
+
+from tiedlora.config.compose import compose_config
+from tiedlora.errors import UserError
+from tiedlora.places import CONF
+from tiedlora.sweeps.expand import compose_sweep
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """conf/ of a new working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf" / "tying").mkdir(parents=True)
+    return tmp_path / "conf"
+
+
+def test_they_are_options_of_runs_and_sweeps_and_of_messages(own):
+    text = (CONF / "tying" / "TAuv.yaml").read_text()
+    (own / "tying" / "mine.yaml").write_text(text.replace("name: TAuv", "name: mine"))
+    (own / "grid").mkdir()
+    (own / "grid" / "two.yaml").write_text("# @package hydra.sweeper.params\ntying: mine,TB\n")
+    assert compose_config(["tying=mine"]).tying.name == "mine"
+    sweep = compose_sweep(["model=tiny_llama", "+grid=two"])
+    assert [cell.config.tying.name for cell in sweep.cells] == ["mine", "TB"]
+    with pytest.raises(UserError, match=r"tying=mnie: no such option; choose one of .*, mine \(did you mean mine\?\)"):
+        compose_config(["tying=mnie"])
+
+
+def test_one_with_the_name_of_another_is_refused_because_it_would_not_be_taken(own):
+    text = (CONF / "tying" / "TAuv.yaml").read_text()
+    (own / "tying" / "TAuv.yaml").write_text(text)
+    assert compose_config(["tying=TAuv"]).tying.name == "TAuv"
+    (own / "tying" / "TB.yaml").write_text(text)
+    with pytest.raises(
+        UserError, match=r"conf/tying/TB\.yaml: tying=TB is an option of tiedlora; give this one another"
+    ):
+        compose_config([])
+
+
+def test_an_option_of_ones_own_may_be_broken(own):
+    (own / "tying" / "mine.yaml").write_text("name: [")
+    with pytest.raises(UserError, match="is not readable YAML"):
+        compose_config(["tying=mine"])
