@@ -86,7 +86,7 @@ def test_the_version_has_one_place(called):
 def test_help_and_messages_name_commands_as_this_one_was_called(called, script, tmp_path, monkeypatch):
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "study.yaml").write_text(
-        "name: study\nwords: []\nparts: [{name: one, words: [], sweeps: [[seed=0]]}]\n"
+        "name: study\nwords: []\nparts: [{name: a, words: [], sweeps: [[]]}]\n"
     )
     monkeypatch.chdir(tmp_path)
     helps = [called("verify", "--help")[1], script("scripts/verify.py", "--help")[1]]

@@ -104,7 +104,6 @@ def option_folders() -> list[str]:
     return [f"file://{folder}" for folder in folders]
 
 
-@functools.cache
 def _check_names(own: Path) -> None:
     for file in sorted(own.glob("*/**/*.yaml")):
         name = file.relative_to(own)
