@@ -193,9 +193,8 @@ def test_what_records_a_commit_needs_a_checkout(installed, tmp_path):
     folder.mkdir()
     part = "{name: one, words: [model=tiny_llama], sweeps: [[seed=0]]}"
     (folder / "study.yaml").write_text(f"name: study\nwords: []\nparts: [{part}]\n")
-    assert "one: tiedlora train --multirun model=tiny_llama " in succeeded(
-        installed("tiedlora", "study", "plan", "study")
-    )
+    plan = succeeded(installed("tiedlora", "study", "plan", "study"))
+    assert plan.startswith("one: tiedlora train --multirun model=tiny_llama ")
     for words, says in {
         ("study", "run", "study"): "study run: its runs record the commit of the code",
         ("gpu",): "gpu: runs the tests of a checkout of the project",
