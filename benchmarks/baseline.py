@@ -140,7 +140,7 @@ def train(dtype: str, order: str, steps: int, skipped: int, *overrides: str, met
 
 def _initial_adapter(config: Config) -> TiedAdapter:
     alpha = config.rank.alpha or config.rank.r
-    return TiedAdapter(config.tying, config.rank.r, alpha, config.model.architecture, config.seed)
+    return TiedAdapter(config.tying, config.rank.r, alpha, config.model.architecture, seed=config.seed)
 
 
 def _token_row(row: Encoded) -> TokenRow:

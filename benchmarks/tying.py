@@ -46,14 +46,12 @@ class StepTimer:
         self.config = configs["LoRA"]
         self.base = harness.base_model(self.config)
         self.base.model.train()
-        self.adapters = {
-            name: TiedAdapter(c.tying, c.rank.r, c.rank.alpha or c.rank.r, c.model.architecture, c.seed)
-            for name, c in configs.items()
-        }
-        self.optimizers = {
-            name: build_optimizer(adapter.parameter_groups(configs[name].train.lr_factor), configs[name].train)
-            for name, adapter in self.adapters.items()
-        }
+        self.adapters, self.optimizers = {}, {}
+        for name, config in configs.items():
+            rank, architecture = config.rank, config.model.architecture
+            adapter = TiedAdapter(config.tying, rank.r, rank.alpha or rank.r, architecture, seed=config.seed)
+            self.adapters[name] = adapter
+            self.optimizers[name] = build_optimizer(adapter.parameter_groups(config.train.lr_factor), config.train)
 
     def seconds(self, name: str, batches: list[Batch]) -> float:
         """Seconds of one step: forward, backward and update."""
