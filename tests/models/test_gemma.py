@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiedlora
 from tiedlora.config.embedded import EMBEDDED
 from tiedlora.config.identity import run_id
-from tiedlora.places import PROJECT
 from tiedlora.models.base_model import embedded_file, embedded_folder, load_base
+from tiedlora.places import PROJECT
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
 

@@ -296,7 +296,9 @@ def check_names(
 def _own_metrics(task: str) -> tuple[str, ...]:
     """The metrics of a task of conf/; empty for any other task, or if a program registers its kind."""
     try:
-        return (*load_task(compose.task_option(task)).metrics, *LOSS_METRICS, DRIFT) if task in options("task") else ()
+        own = load_task(compose.task_option(task)).metrics if task in options("task") else ()
+        # task=rows has the metrics that its user names.
+        return (*own, *LOSS_METRICS, DRIFT) if own else ()
     except NoSuchTask:
         return ()
 

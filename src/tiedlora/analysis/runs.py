@@ -414,8 +414,9 @@ def _corpus_score(run: Run, metric: str) -> Callable[[Array], float]:
     """
     if metric == TARGET_LOSS_BY_TOKEN:
         return mean_per_token
-    kind, options = run.record.identity.task.kind, run.record.identity.tree["task"].get("options", {})
-    task = load_task(TaskConfig(name=run.task, kind=kind, options=options))
+    kind, values = run.record.identity.task.kind, run.record.identity.tree["task"]
+    own = {name: values[name] for name in ("options", "metrics") if name in values}
+    task = load_task(TaskConfig(name=run.task, kind=kind, **own))
     if metric not in task.corpus_metrics:
         raise NotComparable(f"task {run.task}: this version of the code has no corpus score for {metric}")
     return lambda sums: float(task.corpus_score(metric, sums))

@@ -37,7 +37,7 @@ from tiedlora.config.identity import (
     run_id,
     without_gone_keys,
 )
-from tiedlora.config.schema import Config, RankConfig, TaskConfig
+from tiedlora.config.schema import SPLITS, Config, HubSource, RankConfig, TaskConfig
 from tiedlora.config.sizes import at_budget
 from tiedlora.errors import UserError
 from tiedlora.keys import from_person
@@ -51,13 +51,15 @@ _IS_NEW = tuple(map(int, omegaconf.__version__.split(".")[:2])) >= (2, 4)
 _HYDRA_IS_NEW = tuple(map(int, hydra.__version__.split(".")[:2])) >= (1, 4)
 VERSION_BASE: dict[str, Any] = {} if _HYDRA_IS_NEW else {"version_base": "1.3"}
 """Hydra 1.3 asks which version's defaults to take. 1.4 has these defaults, and warns if it is told."""
-PATHS = ("outputs", "cache", "data_root", "model.path")
+PATHS = ("outputs", "cache", "data_root", "model.path", *(f"task.files.{split}" for split in SPLITS))
 """Keys that name places of the machine: they are no part of a run, and `verify` may get others."""
 MOST_LAYERS_IN_NAME = 48
 """The options LoRA_l1, LoRA_l2, ... end here: gpt2_xl has so many layers. tying.layers takes any number."""
 ARGUMENTS = "tying.resolved."
 """Where the identity has the arguments of another method. The user sets them under tying.arguments."""
 LR_FACTORS = "tying.lr_factors."
+OWN_ROWS = "own_rows"
+"""task.kind of task=rows."""
 NOT_EXACT = "   # not exact: this version of the code composes another run; the run's config.yaml has all values"
 Layered = TypeVar("Layered", TyingConfig, Term)
 _register_resolver: Any = OmegaConf.register_resolver if _IS_NEW else OmegaConf.register_new_resolver
@@ -158,7 +160,7 @@ def complete(config: Config) -> Config:
         train = replace(train, init_from=str(folder), init_digest=adapter_digest(folder))
     # A recorded configuration has all arguments of another method. To search those of a budget again would load PEFT.
     has_arguments = config.tying.resolved is not None
-    config = complete_method(replace(config, train=train))
+    config = complete_method(replace(config, train=train, task=_complete_task(config.task)))
     check(config)
     if config.budget is not None and not has_arguments:
         config = at_budget(config)
@@ -171,6 +173,37 @@ def complete(config: Config) -> Config:
         terms = {name: _with_numbers(term, config.model.architecture) for name, term in config.tying.terms.items()}
         config.tying = replace(config.tying, terms=terms)
     return config
+
+
+def _complete_task(task: TaskConfig) -> TaskConfig:
+    """The task with what decides its rows, and with the chat template that chat messages need (task=rows).
+
+    A shell hardly gives a line feed, so `\\n` in a template is one.
+
+    Raises:
+        UserError: a file of rows cannot be read.
+    """
+    if task.kind == OWN_ROWS:
+        prompt, target = (template.replace("\\n", "\n") for template in (task.prompt, task.target))
+        has_chat_template = task.chat_template or task.messages is not None
+        task = replace(task, prompt=prompt, target=target, chat_template=has_chat_template)
+    files = {split: file for split in SPLITS if (file := getattr(task.files, split)) is not None}
+    found = {}
+    # A recorded configuration has them, and its files may be gone.
+    if not task.rows_from:
+        for split, file in files.items():
+            try:
+                found[split] = storage.sha256(Path(file))
+            except UserError as error:
+                raise UserError(f"task.files.{split}={error}; give a file that is here") from None
+    if found and len(found) < len(SPLITS) and task.cluster is not None:
+        # Splits that are cut from train have whole clusters.
+        found["cluster"] = task.cluster
+    if task.kind == OWN_ROWS and not files and not task.rows_from and task.hub.id:
+        found["hub"] = " ".join([task.hub.id, task.hub.subset or "", task.hub.revision])
+        found |= {f"hub_{split}": name for split, name in task.hub.splits.items()}
+        found |= {"cluster": task.cluster} if task.cluster is not None else {}
+    return replace(task, rows_from=found) if found else task
 
 
 def complete_method(config: Config) -> Config:
@@ -332,9 +365,27 @@ def command(config: Config) -> str:
         is_exact = run_id(compose_config(overrides)) == run_id(config)
     # A card is published, and a reader has other folders.
     overrides = ["train.init_from=RUN" if word.startswith("train.init_from=") else word for word in overrides]
+    overrides = [word for word in overrides if not word.startswith("+task.rows_from.")] + _source(config.task)
     if config.data_root:
         overrides.append("data_root=FOLDER")
     return f"python train.py {shlex.join(overrides)}".rstrip() + ("" if is_exact else NOT_EXACT)
+
+
+def _source(task: TaskConfig) -> list[str]:
+    """The overrides that `task.rows_from` was filled in from, without the folders of the files."""
+    if not task.rows_from:
+        return []
+    found: dict[str, str | None] = {}
+    for split in SPLITS:
+        if file := getattr(task.files, split):
+            found[f"task.files.{split}"] = Path(file).name
+    if "hub" in task.rows_from:
+        hub, default = task.hub, HubSource()
+        found |= {f"task.hub.{key}": getattr(hub, key) for key in ("id", "subset", "revision")}
+        found = {key: value for key, value in found.items() if value != getattr(default, key.rpartition(".")[2])}
+        found |= {f"+task.hub.splits.{split}": name for split, name in hub.splits.items()}
+    found |= {"task.cluster": task.cluster} if "cluster" in task.rows_from else {}
+    return [f"{key}={in_hydras_grammar(value)}" for key, value in found.items()]
 
 
 def _overrides(config: Config, train: str) -> list[str]:
@@ -344,7 +395,9 @@ def _overrides(config: Config, train: str) -> list[str]:
         train: the option of conf/train to begin with.
     """
     models = {storage.read_yaml(CONF / "model" / f"{name}.yaml")["name"]: name for name in options("model")}
-    chosen = {"model": models.get(config.model.name, ""), "task": config.task.name, "tying": arm_of(config).option}
+    # The user's own rows have any name.
+    task = "rows" if config.task.kind == OWN_ROWS else config.task.name
+    chosen = {"model": models.get(config.model.name, ""), "task": task, "tying": arm_of(config).option}
     chosen |= {"objective": config.objective.name, "rank": f"r{config.rank.r}", "train": train}
     defaults = [entry for entry in OmegaConf.load(CONF / "config.yaml").defaults if not isinstance(entry, str)]
     words = []

@@ -73,8 +73,13 @@ def explain(error: BaseException) -> str:
     if match := re.search(r"Ambiguous value for argument '(.*?)'", text):
         return f"{visible(match[1]):.80}: has several values; only train.py --multirun takes them; a list is KEY=[A,B]"
     if isinstance(error, OverrideParseException):
+        quotes = "'KEY=\"{field}\"'"
+        advice = (
+            f"; a template has quotes of its own inside the shell's: {quotes}" if "{" in str(error.override) else ""
+        )
         return (
             f"{visible(str(error.override)):.80}: cannot be parsed as KEY=VALUE ({visible(_first_sentence(text)):.80})"
+            f"{advice}"
         )
     key, sentence = _full_key(text), _first_sentence(text)
     return f"{key}: {sentence}. {help_of(key, schema_keys())}".removesuffix(". ") if key else sentence

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from tiedlora.keys import (
     CHECKED,
@@ -37,6 +37,8 @@ FORGETTING = "forgetting"
 SLOT_DEVICE = "TIEDLORA_SLOT_DEVICE"
 """The variable that tells a process of hydra/launcher=joblib_slots its device. With it, train.device=auto does not fall
 back to the CPU."""
+ROWS_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+"""The ends of the names of files with rows. A .json has one object in each line, as a .jsonl."""
 LONGEST_TAG = 64
 """Most characters of a tag that W&B accepts."""
 
@@ -52,6 +54,17 @@ def _absolute(path: str) -> str:
     return str(Path(os.path.expanduser(path)).absolute())
 
 
+def _rows_file(path: str) -> str:
+    if not path.lower().endswith(ROWS_FILES):
+        raise ValueError(f"must end in one of {', '.join(ROWS_FILES)}")
+    return path
+
+
+def _files(value: Any) -> Any:
+    """A single file is that of train."""
+    return {"train": value} if isinstance(value, str) else value
+
+
 Tag = Annotated[Text, Field(pattern=f"^.{{1,{LONGEST_TAG}}}$")]
 Split = Annotated[Text, Field(pattern=f"^({'|'.join(SPLITS)})$")]
 ScoredSplit = Annotated[Text, Field(pattern=f"^({'|'.join(SCORED_SPLITS)})$")]
@@ -60,6 +73,7 @@ FilledLines = Annotated[Lines, AfterValidator(_filled)]
 FilledText = Annotated[Text, AfterValidator(_filled)]
 Folder = Annotated[FilledText, AfterValidator(_absolute)]
 """A path, which becomes one from the root."""
+RowsFile = Annotated[Folder, AfterValidator(_rows_file)]
 LARGEST_SCORING = 65_536
 """Upper bound of the rows that are scored together, and of the tokens of an answer."""
 
@@ -111,6 +125,16 @@ class RowCounts:
 
 
 @dataclass
+class RowFiles:
+    train: RowsFile | None = None
+    """The file of the training rows. Validation and test are cut from it if it is the only file."""
+    validation: RowsFile | None = None
+    """The file of the validation rows; null cuts them from train."""
+    test: RowsFile | None = None
+    """The file of the test rows; null cuts them from train if there is no validation file either."""
+
+
+@dataclass
 class HubSource:
     """`task.hub`: where scripts/fetch_data.py and a run without files get the rows."""
 
@@ -137,9 +161,25 @@ class TaskConfig:
     version: Count = 1
     """The version of the protocol. Raise it when the same configuration would give other prompts or scores."""
     prompt: Lines = "???"
-    """The template of the prompt. {field} is replaced by that field of the row; nothing else is interpreted."""
+    """The template of the prompt. {field} is replaced by that field of the row, and {{ and }} are braces."""
     target: Lines = "???"
     """The template of the text that is trained. The end-of-text token is added after it, and trained too."""
+    files: Annotated[RowFiles, BeforeValidator(_files)] = field(default_factory=RowFiles, metadata=EXECUTION)
+    """Files of your own rows (task=rows): .jsonl, .csv, .tsv or .parquet. The identity has their content, not their
+    place. A single file is task.files=FILE."""
+    rows_from: dict[Text, Text] = field(default_factory=dict, metadata=neutral({}))
+    """What decides which rows task=rows has: the sha256 of each file, or the data set of the hub. The program fills it
+    in."""
+    messages: Text | None = field(default=None, metadata=neutral(None))
+    """The field with chat messages, in the place of task.prompt and task.target: the last message is trained after the
+    others, with the tokenizer's chat template."""
+    metrics: Annotated[list[Text], Distinct] = field(default_factory=list, metadata=neutral([]))
+    """The metrics of task=rows. Comparisons use the first. Other tasks have their own."""
+    normalise: Literal["strip", "lower", "squad", "number"] = field(default="strip", metadata=neutral("strip"))
+    """What exact_match and token_f1 compare: the text without outer blanks; lower also ignores case and the number of
+    blanks; squad also punctuation and English articles; number is the last number."""
+    choices: Text | list[Text] | None = field(default=None, metadata=neutral(None))
+    """The possible answers, of which the likeliest is taken: templates as in [yes,no], or the field with the list."""
     chat_template: bool = False
     """Whether the prompt is wrapped as one user turn of the tokenizer's chat template."""
     stop: list[FilledLines] = field(default_factory=list)
@@ -156,12 +196,12 @@ class TaskConfig:
     """How many rows of each split to use."""
     validation_from_train: Amount = 0
     """Rows taken from train for validation, by a seeded shuffle: for a task without a validation split. Rows of one
-    group count as one."""
+    group count as one. With 0, task=rows takes a tenth of train where a split has no rows of its own."""
     split_seed: Amount = 0
     """Seed of validation_from_train and of generated rows. It does not depend on the run's seed."""
     cluster: Text | None = field(default=None, metadata=EXECUTION)
     """The field whose equal values make rows a cluster, such as the article of a question. Intervals then treat the
-    clusters as the random sample. null: every row stands alone."""
+    clusters as the random sample, and task=rows cuts no cluster into two splits. null: every row stands alone."""
     shuffle_targets: bool = False
     """Control experiment: every training row gets another row's target, so a run can learn only the form of answers."""
     options: dict[Text, Free] = field(default_factory=dict)

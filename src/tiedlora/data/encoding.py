@@ -116,9 +116,12 @@ class Encoder:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def prompt(self, text: str) -> tuple[int, ...]:
-        """Token ids of a prompt, with the chat template, or with the token that the model expects at a text's start."""
+        """Token ids of a prompt, with the chat template, or with the token that the model expects at a text's start.
+
+        A prompt of chat messages is their JSON.
+        """
         if self.config.chat_template:
-            turn = [{"role": "user", "content": text}]
+            turn = [{"role": "user", "content": text}] if self.config.messages is None else json.loads(text)
             options = {"chat_template": self._dated_template, "add_generation_prompt": True, "tokenize": False}
             try:
                 text = self.tokenizer.apply_chat_template(turn, **options)

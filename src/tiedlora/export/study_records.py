@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from tiedlora import storage
 from tiedlora.config.compose import read_config
 from tiedlora.config.identity import config_tree
-from tiedlora.config.schema import Config
+from tiedlora.config.schema import SPLITS, Config, RowFiles
 from tiedlora.records.rows import PredictionRow
 from tiedlora.records.run_folder import RunFolder, last_line
 from tiedlora.records.run_record import ConfigRecord, from_tree
@@ -81,7 +81,10 @@ def _copy_files(run: RunFolder, exported: RunFolder) -> Config:
     name = f"{start.parent.name}/adapter" if start.name == "adapter" else start.name
     train = replace(config.train, init_from=name or None)
     model = replace(config.model, path=None)
-    config = replace(config, outputs="outputs", cache=".cache", data_root=None, model=model, score=score, train=train)
+    files = {split: Path(file).name for split in SPLITS if (file := getattr(config.task.files, split))}
+    task = replace(config.task, files=RowFiles(**files))
+    config = replace(config, outputs="outputs", cache=".cache", data_root=None)
+    config = replace(config, model=model, task=task, score=score, train=train)
     storage.write_bytes(exported.config_file, OmegaConf.to_yaml(config_tree(config)).encode())
     return config
 

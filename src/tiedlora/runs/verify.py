@@ -32,6 +32,7 @@ from tiedlora.runs import verify_scores
 from tiedlora.runs.checked_run import CheckedRun, Finding, compared, nearly
 from tiedlora.scoring.passages import as_passages
 from tiedlora.tasks import Example, digest, load_examples, load_task
+from tiedlora.tasks.rows import ChangedRows
 from tiedlora.text import visible
 
 TYING_KEYS = (*tying.PARTS, "targets", "dropout", "layers", "terms")
@@ -119,6 +120,9 @@ def _check_data(run: CheckedRun) -> Iterator[Finding]:
         check = f"data {split}"
         try:
             rows = run.examples[split] = _rows_here(run, split)
+        except ChangedRows as error:
+            yield Finding(check, False, str(error))
+            continue
         except UserError as error:
             yield Finding(check, None, f"cannot be read here ({error})")
             continue

@@ -62,6 +62,10 @@ PROTOCOL_KEYS = {
     "max_new_tokens",
     "max_prompt_tokens",
     "options",
+    "messages",
+    "metrics",
+    "normalise",
+    "choices",
 }
 """The keys of a task that decide what a model is asked and how its answer is scored."""
 

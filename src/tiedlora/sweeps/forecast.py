@@ -179,7 +179,7 @@ def answers_to_a_prompt(config: Config) -> int:
 def split_rows(config: Config, split: str) -> int:
     """How many rows of validation or test a run will be scored on; 0 if this is not known here.
 
-    Rows that are generated or read from data_root are counted.
+    Rows that are generated or read from files are counted.
     """
     asked = getattr(config.task.rows, split)
     if asked is None and split == "validation":
@@ -191,7 +191,8 @@ def examples_here(config: Config, split: str) -> list[Example]:
     """The rows of a split; none if they are the hub's, or cannot be read. (The sweep itself reports that error.)"""
     task = load_task(config.task)
     with suppress(UserError):
-        return load_examples(task, split, config.data_root) if task.generator or config.data_root else []
+        is_here = task.generator or config.data_root or config.task.files.train
+        return load_examples(task, split, config.data_root) if is_here else []
     return []
 
 

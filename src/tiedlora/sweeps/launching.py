@@ -126,7 +126,8 @@ def check_scoring(cells: Iterable[SweepCell]) -> None:
         if not cell.folder.result_file.exists():
             check_words(cell.config)
             check_tracker(cell.config)
-    wanted = [cell.config for cell in cells if "test" in cell.config.score.splits and cell.config.data_root is not None]
+    tested = [cell.config for cell in cells if "test" in cell.config.score.splits]
+    wanted = [config for config in tested if config.data_root is not None or config.task.files.train is not None]
     for config in {(repr(config.task), config.data_root): config for config in wanted}.values():
         if not (task := load_task(config.task)).generator:
             load_examples(task, "test", config.data_root)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import re
+import functools
+import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
-from tiedlora.config.schema import TaskConfig
+from tiedlora.config.schema import RowFiles, TaskConfig
 from tiedlora.errors import UserError
-from tiedlora.tasks.rows import DataRow, RowError, hub_errors
+from tiedlora.tasks.rows import (
+    DataRow,
+    NoSuchSplit,
+    RowError,
+    hub_errors,
+    read_json_lines,
+    rows_folder,
+    ways_to_get,
+)
+from tiedlora.text import nearest
 
 Score = float | list[float]
 """A number in [0, 1], or the statistics of one output. A corpus-level metric comes from their sum over outputs."""
-_FIELD = re.compile(r"\{(\w+)\}")
-"""A field of the row in a template."""
+OF_OWN_ROWS = {"files": RowFiles(), "messages": None, "metrics": [], "normalise": "strip", "choices": None}
+"""The keys of task=rows, with their defaults."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +53,9 @@ class Task:
 
     fields: ClassVar[dict[str, type]] = {}
     """The fields that every row must have, with their types."""
-    metrics: ClassVar[tuple[str, ...]] = ()
+    metrics: tuple[str, ...] = ()
     """The names of the scores that `score` returns. Comparisons use the first."""
-    corpus_metrics: ClassVar[tuple[str, ...]] = ()
+    corpus_metrics: tuple[str, ...] = ()
     """The metrics that `corpus_score` computes from summed statistics. The others are means."""
     shortens: ClassVar[str | None] = None
     """The field whose end is cut off if a prompt is too long. It is never the question or the target."""
@@ -52,23 +63,68 @@ class Task:
     """The package whose version decides the rows of a task that makes its own; empty for a task that reads them."""
     options: ClassVar[tuple[str, ...]] = ()
     """The keys that `task.options` may have."""
-    inputs_recur: ClassVar[bool] = False
+    inputs_recur: bool = False
     """Whether short inputs occur in several splits. If so, training rows with a prompt of a scored row are left out."""
+    one_split_each: bool = False
+    """Whether a row whose prompt is in another split too is refused."""
+    reads_own_rows: ClassVar[bool] = False
+    """Whether the task has the keys of OF_OWN_ROWS."""
 
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
 
     def check_options(self) -> None:
-        """Raises UserError if `task.options` has a key that the task does not have, or all prompts would be equal."""
-        if not _FIELD.search(self.config.prompt):
-            raise UserError(
-                f"task.prompt={self.config.prompt!r:.200}: names no field of a row, so every prompt would be the same; "
-                f"write one in braces, such as {{{next(iter(self.fields), 'question')}}}"
-            )
+        """Check the keys of the task.
+
+        Raises:
+            UserError: a key belongs to other tasks, a template is none, or all prompts would be equal.
+        """
+        self.check_templates()
+        for name, default in OF_OWN_ROWS.items():
+            if not self.reads_own_rows and getattr(self.config, name) != default:
+                raise UserError(f"task.{name}: is a key of task=rows; task.kind={self.config.kind} does not read it")
         for name in self.config.options:
             if name not in self.options:
                 known, kind = ", ".join(self.options) or "none", self.config.kind
                 raise UserError(f"task.options.{name}: task.kind={kind} has no such option; its options: {known}")
+
+    def check_templates(self) -> None:
+        """Raises UserError if a template is none, or all prompts would be equal."""
+        fields_of(self.config.target)
+        if not fields_of(self.config.prompt):
+            raise UserError(
+                f"task.prompt={self.config.prompt!r:.200}: names no field of a row, so every prompt would be the same; "
+                f"write one in braces, such as {{{next(iter(self.fields), 'question')}}}"
+            )
+
+    def rows(self, split: str, data_root: str | None) -> list[DataRow]:
+        """The rows of a split, before some are cut from train for another.
+
+        Raises:
+            NoSuchSplit: there is no such split.
+            UserError: the rows cannot be read, or the file has a line that is no row.
+        """
+        generated = self.generated_rows(split)
+        if generated is not None:
+            return generated
+        if data_root is None:
+            return self.hub_rows(split)
+        path = rows_folder(self.config, Path(data_root)) / f"{split}.jsonl"
+        if not path.exists():
+            raise NoSuchSplit(f"{path}: no such file. {ways_to_get(self.config)}")
+        return read_json_lines(path)
+
+    def cut_from_train(self, data_root: str | None) -> dict[str, int]:
+        """The splits that are cut from train -> how many groups of rows each gets; 0 means a tenth of all."""
+        return {"validation": self.config.validation_from_train} if self.config.validation_from_train else {}
+
+    def ties(self, row: DataRow, number: int) -> list[str]:
+        """What ties a row to others: rows with a tie in common stay in one split when train is cut.
+
+        Raises:
+            RowError: the row cannot be an example.
+        """
+        return [self.group_id(self.row_id(row, number))]
 
     def generated_rows(self, _split: str) -> list[DataRow] | None:
         """The rows that the task makes itself; None if it reads its rows."""
@@ -138,16 +194,59 @@ class Task:
         return {}
 
 
-def render(template: str, row: DataRow) -> str:
-    """The template, with each {field} replaced by that field of the row. Nothing else is interpreted.
+@functools.lru_cache(maxsize=64)
+def _parts(template: str) -> list[tuple[str, str | None]]:
+    """The texts of a template, each with the field that follows it; None after the last.
+
+    The syntax is that of str.format. What is in braces is the whole name of a field, so a template can read nothing
+    else: neither attributes nor items of a value.
 
     Raises:
-        RowError: the template names a field that the row lacks.
+        UserError: the template has another syntax.
     """
+    where = f"task.prompt or task.target: the template {template!r:.200}"
+    try:
+        parsed = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(f"{where} cannot be read ({error}); a brace that is text is doubled: {{{{ or }}}}") from None
+    for _, name, form, conversion in parsed:
+        if name is not None and (not name.strip() or form or conversion):
+            raise UserError(f"{where} may hold only names of fields in braces, such as {{{name or 'question'}}}")
+    return [(text, name) for text, name, *_ in parsed]
 
-    def field_text(match: re.Match[str]) -> str:
-        if match[1] not in row.fields:
-            raise RowError(f"the template needs the field '{match[1]}', which is missing")
-        return str(row[match[1]])
 
-    return _FIELD.sub(field_text, template)
+def fields_of(template: str) -> list[str]:
+    """The fields that a template names, in order, each once.
+
+    Raises:
+        UserError: the template has another syntax than {field}, {{ and }}.
+    """
+    return list(dict.fromkeys(name for _, name in _parts(template) if name is not None))
+
+
+def render(template: str, row: DataRow) -> str:
+    """The template, with each {field} replaced by that field of the row, and {{ and }} by braces.
+
+    Raises:
+        RowError: the template names a field that the row lacks, or whose value is no text or number.
+        UserError: the template has another syntax.
+    """
+    texts = []
+    for text, name in _parts(template):
+        texts.append(text)
+        if name is not None:
+            texts.append(_field_text(name, row))
+    return "".join(texts)
+
+
+def _field_text(name: str, row: DataRow) -> str:
+    if name not in row.fields:
+        known = ", ".join(row.fields) or "none"
+        raise RowError(
+            f"the template needs the field {name!r}, which is missing{nearest(name, row.fields)}; it has {known:.300}"
+        )
+    value = row[name]
+    if value is None or isinstance(value, (list, dict, bytes)):
+        kind = "null" if value is None else type(value).__name__
+        raise RowError(f"the field {name!r} is {kind}, and a template takes a text or a number")
+    return str(value)

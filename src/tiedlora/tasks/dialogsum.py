@@ -7,19 +7,14 @@ references. Keys of task.options: `use_stemmer` turns on rouge-score's Porter st
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
-from functools import cached_property
-from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
 from tiedlora.errors import UserError
 from tiedlora.tasks.base import Example, Score, Task
+from tiedlora.tasks.metrics import ROUGES, rouge, rouge_signature
 from tiedlora.tasks.rows import DataRow, RowError
-
-if TYPE_CHECKING:
-    from rouge_score.rouge_scorer import RougeScorer
 
 ONE_OF_SEVERAL = re.compile(r"(.+_\d+)_\d+")
 """test_7_2 is the second reference of test_7; dev_7 and train_7 have one reference each."""
@@ -29,7 +24,7 @@ class DialogSum(Task):
     """DialogSum: a dialogue becomes a summary, scored by ROUGE against all of its summaries."""
 
     fields = {"id": str, "dialogue": str, "summary": str}
-    metrics = ("rouge1", "rouge2", "rougeL")
+    metrics = ROUGES
     shortens = "dialogue"
     options = ("use_stemmer",)
 
@@ -50,12 +45,6 @@ class DialogSum(Task):
         # A few summaries have several lines, and an answer ends at the first line feed.
         return super().example(row.with_fields(summary=" ".join(row["summary"].split())), id)
 
-    @cached_property
-    def _scorer(self) -> RougeScorer:
-        from rouge_score.rouge_scorer import RougeScorer  # takes more than a second, and only scoring needs it  # noqa: PLC0415
-
-        return RougeScorer(self.metrics, use_stemmer=self._use_stemmer)
-
     @property
     def _use_stemmer(self) -> bool:
         stems = self.config.options.get("use_stemmer", False)
@@ -65,14 +54,11 @@ class DialogSum(Task):
 
     @override
     def score(self, output: str, example: Example) -> dict[str, Score]:
-        scores = self._scorer.score_multi([reference.strip() for reference in example.references], output.strip())
-        return {name: float(scores[name].fmeasure) for name in self.metrics}
+        return {**rouge(self.metrics, output, example.references, self._use_stemmer)}
 
     @override
     def signatures(self) -> dict[str, str]:
-        stemmer = "yes" if self._use_stemmer else "no"
-        signature = f"rouge-score:{importlib.metadata.version('rouge-score')}|F1|stemmer:{stemmer}|refs:max"
-        return dict.fromkeys(self.metrics, signature)
+        return dict.fromkeys(self.metrics, rouge_signature(self._use_stemmer))
 
 
 TASK = DialogSum

@@ -14,6 +14,7 @@ from typing_extensions import override
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
 from tiedlora.tasks.base import Example, Score, Task, render
+from tiedlora.tasks.metrics import choice_accuracies
 from tiedlora.tasks.rows import DataRow, RowError
 
 ENDINGS = 4
@@ -69,12 +70,9 @@ class HellaSwag(Task):
         """The scores of the four log-likelihoods. Of equal ones, the first is chosen."""
         # The length of an ending does not include what the template puts before it (a blank).
         start = self.config.target.index("{ending}")
-        # An ending that is only a mark, such as [substeps], is empty once it is cleaned.
-        lengths = [max(1, len(choice) - start) for choice in example.choices]
-        correct = int(example.references[0])
-        likeliest = max(range(len(output)), key=lambda i: output[i])
-        likeliest_per_character = max(range(len(output)), key=lambda i: output[i] / lengths[i])
-        return {"accuracy": float(likeliest == correct), "accuracy_norm": float(likeliest_per_character == correct)}
+        lengths = [len(choice) - start for choice in example.choices]
+        accuracies = choice_accuracies(output, lengths, int(example.references[0]))
+        return dict(zip(self.metrics, accuracies, strict=True))
 
 
 TASK = HellaSwag

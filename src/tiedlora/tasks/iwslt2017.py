@@ -15,24 +15,22 @@ import zipfile
 from collections.abc import Iterable
 
 import huggingface_hub
-from sacrebleu.metrics.bleu import BLEU
-from sacrebleu.metrics.chrf import CHRF
 from typing_extensions import override
 
 from tiedlora.errors import UserError
 from tiedlora.tasks.base import Example, Score, Task
+from tiedlora.tasks.metrics import CORPUS, corpus_counts, corpus_score, corpus_signature
 from tiedlora.tasks.rows import DataRow, RowError, hub_errors
 
 ZIP = "data/2017-01-trnted/texts/de/en/de-en.zip"
 LANGUAGES = ("de", "en")
-METRICS: dict[str, BLEU | CHRF] = {"bleu": BLEU(), "chrf": CHRF()}
 
 
 class Iwslt2017(Task):
     """IWSLT 2017: German sentences of talks become English ones, scored by BLEU and chrF of the corpus."""
 
     fields = {"translation": dict}
-    metrics = corpus_metrics = ("bleu", "chrf")
+    metrics = corpus_metrics = CORPUS
     inputs_recur = True  # many talks end with "Vielen Dank."
 
     @override
@@ -62,24 +60,15 @@ class Iwslt2017(Task):
 
     def score(self, output: str, example: Example) -> dict[str, Score]:
         """Metric -> the counts of one output, as sacreBLEU sums them over a corpus."""
-        references = [[reference.strip()] for reference in example.references]
-        return {
-            name: [float(count) for count in metric._extract_corpus_statistics([output.strip()], references)[0]]
-            for name, metric in METRICS.items()
-        }
+        return {name: corpus_counts(name, output, example.references) for name in self.metrics}
 
     @override
     def corpus_score(self, metric: str, statistics: Iterable[float]) -> float:
-        # Sums of counts are whole numbers, and sacreBLEU's formulas expect ints.
-        counts = [round(count) for count in statistics]
-        return float(METRICS[metric]._compute_score_from_stats(counts).score) / 100
+        return corpus_score(metric, statistics)
 
     @override
     def signatures(self) -> dict[str, str]:
-        for metric in METRICS.values():
-            # The signature holds the number of references. sacreBLEU knows it only after it has scored a corpus.
-            metric._extract_corpus_statistics(["x"], [["x"]])
-        return {name: str(metric.get_signature()) for name, metric in METRICS.items()}
+        return {name: corpus_signature(name) for name in self.metrics}
 
 
 def zipped_rows(archive: zipfile.ZipFile, name: str) -> list[DataRow]:

@@ -7,24 +7,26 @@ import importlib
 import json
 import pkgutil
 import random
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from tiedlora.config.schema import SCORED_SPLITS, TaskConfig
+from tiedlora.config.schema import SCORED_SPLITS, SPLITS, TaskConfig
 from tiedlora.errors import UserError
 from tiedlora.tasks.base import Example, Task
-from tiedlora.tasks.rows import DataRow, NoSuchSplit, RowError, read_json_lines, rows_folder, ways_to_get
+from tiedlora.tasks.rows import DataRow, NoSuchSplit, RowError
 
 
 class NoSuchTask(UserError):
     """No file in tasks/ has the name of task.kind, and this process has registered nothing under it."""
 
 
-NO_TASKS = ("base", "load", "rows", "task_metric")
+NO_TASKS = ("base", "load", "metrics", "rows", "task_metric")
 """The files of this package that are not tasks."""
+MOST_CUT = 1000
+"""Most groups of rows that are cut from train for a split, if no number is set."""
 
 _REGISTERED: dict[str, type[Task]] = {}
 
@@ -59,6 +61,8 @@ def load_examples(task: Task, split: str, data_root: str | None) -> list[Example
     """
     config = task.config
     rows = _split_rows(task, split, data_root)
+    if split == "train" and task.one_split_each:
+        _refuse_shared(task, data_root)
     examples_in_order, count = _examples(task, rows), getattr(config.rows, split)
     if split == "train" and task.inputs_recur:
         scored = _scored_prompts(task, data_root)
@@ -85,34 +89,74 @@ def digest(examples: Iterable[Example]) -> str:
     return sha.hexdigest()
 
 
-def _read_rows(task: Task, split: str, data_root: str | None) -> list[DataRow]:
-    generated = task.generated_rows(split)
-    if generated is not None:
-        return generated
-    if data_root is None:
-        return task.hub_rows(split)
-    path = rows_folder(task.config, Path(data_root)) / f"{split}.jsonl"
-    if not path.exists():
-        raise NoSuchSplit(f"{path}: no such file. {ways_to_get(task.config)}")
-    return read_json_lines(path)
-
-
 def _split_rows(task: Task, split: str, data_root: str | None) -> list[DataRow]:
-    """The rows of a split. If validation is taken from train, in whole groups, neither has rows of the other.
+    """The rows of a split. Of the splits that are cut from train, in whole groups, none has rows of another.
 
     A run's seed does not change the choice.
     """
-    count = task.config.validation_from_train
-    if not count or split not in ("train", "validation"):
-        return _read_rows(task, split, data_root)
-    rows = _read_rows(task, "train", data_root)
-    groups = [task.group_id(task.row_id(row, number)) for number, row in enumerate(rows)]
+    cut = task.cut_from_train(data_root)
+    if not cut or split not in ("train", *cut):
+        return task.rows(split, data_root)
+    rows = task.rows("train", data_root)
+    groups = _groups(task, rows)
     order = list(dict.fromkeys(groups))
-    if count >= len(order):
-        raise UserError(f"task.validation_from_train={count}: must be less than the {len(order)} train rows")
+    counts = {name: count or min(MOST_CUT, max(1, len(order) // 10)) for name, count in cut.items()}
+    if sum(counts.values()) >= len(order):
+        number = task.config.validation_from_train
+        raise UserError(
+            f"task.validation_from_train={number}: must be less than the {len(order)} train rows"
+            if number
+            else f"{rows[0].where}: of {len(order)} different rows, none is left for train when {' and '.join(counts)} "
+            "are cut from them; add rows"
+        )
     random.Random(f"carve/{task.config.split_seed}").shuffle(order)
-    taken = set(order[:count])
-    return [row for row, group in zip(rows, groups, strict=True) if (group in taken) == (split == "validation")]
+    split_of, start = {}, 0
+    for name, count in counts.items():
+        split_of |= dict.fromkeys(order[start : start + count], name)
+        start += count
+    return [row for row, group in zip(rows, groups, strict=True) if split_of.get(group, "train") == split]
+
+
+def _groups(task: Task, rows: Sequence[DataRow]) -> list[int]:
+    """The group of each row, as the number of its first row. Rows with a tie in common are in one group."""
+    first: dict[str, int] = {}
+    earlier = list(range(len(rows)))
+    """Row -> an earlier row of its group, or itself."""
+
+    def root(number: int) -> int:
+        while earlier[number] != number:
+            earlier[number] = number = earlier[earlier[number]]
+        return number
+
+    for number, row in enumerate(rows):
+        with _placed(row):
+            for tie in task.ties(row, number):
+                one, other = sorted((root(number), root(first.setdefault(tie, number))))
+                earlier[other] = one
+    return [root(number) for number in range(len(rows))]
+
+
+def _refuse_shared(task: Task, data_root: str | None) -> None:
+    """Raises UserError if two splits have a row with the same prompt; the message names both places."""
+    seen: dict[str, tuple[str, str]] = {}
+    for split in SPLITS:
+        with suppress(NoSuchSplit):
+            for row in _split_rows(task, split, data_root):
+                other, place = seen.setdefault(_checked_example(task, row, "").prompt, (split, row.where))
+                if other != split:
+                    raise UserError(
+                        f"{row.where}: has the prompt of {place}, so it is in {split} and in {other}; remove it from "
+                        "one of them"
+                    )
+
+
+@contextmanager
+def _placed(row: DataRow) -> Iterator[None]:
+    """Add the row's place to an error about it."""
+    try:
+        yield
+    except RowError as error:
+        raise UserError(f"{row.where}: {error}") from None
 
 
 def _scored_prompts(task: Task, data_root: str | None) -> set[str]:
@@ -155,7 +199,7 @@ def _checked_example(task: Task, row: DataRow, id: str) -> Example:
     Raises:
         UserError: the row is wrong; the message names its place and what is wrong.
     """
-    try:
+    with _placed(row):
         for name, kind in task.fields.items():
             if name not in row.fields:
                 raise RowError(f"the field '{name}' is missing (it has {', '.join(row.fields) or 'none'})")
@@ -167,13 +211,10 @@ def _checked_example(task: Task, row: DataRow, id: str) -> Example:
             )
         value = None if cluster is None else row[cluster]
         example = replace(task.example(row, id), cluster="" if value is None else str(value))
-        "".join([id, example.prompt, example.target, *example.references, *example.choices]).encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{row.where}: holds half of a surrogate pair (such as \\ud800), which is not a character"
-        ) from None
-    except RowError as error:
-        raise UserError(f"{row.where}: {error}") from None
+        try:
+            "".join([id, example.prompt, example.target, *example.references, *example.choices]).encode()
+        except UnicodeEncodeError:
+            raise RowError("holds half of a surrogate pair (such as \\ud800), which is not a character") from None
     return example
 
 

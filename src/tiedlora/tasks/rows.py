@@ -1,9 +1,17 @@
-"""Rows from local JSON Lines files or from the hub, each with the place where it was read."""
+"""Rows from local files or from the hub, each with the place where it was read.
+
+JSON Lines, CSV and TSV are read here, and Parquet and the hub by the package `datasets`. Its readers of the first three
+name no line, take a date or a number for what was a text ("007", "NA"), and fill a CSV row that is too short.
+"""
 
 from __future__ import annotations
 
 import codecs
+import csv
+import glob
+import io
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +22,9 @@ from tiedlora import storage
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
 
+LARGEST_VALUE = 2**31 - 1
+"""The most characters of a value of a CSV file. The limit of Python's csv is 131,072."""
+
 
 class RowError(ValueError):
     """A row is wrong. The code that reads the rows adds the row's place to the message."""
@@ -21,6 +32,10 @@ class RowError(ValueError):
 
 class NoSuchSplit(UserError):
     """The task has no such split here."""
+
+
+class ChangedRows(UserError):
+    """A file of rows is not the one that the run's identity has."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,82 @@ def rows_folder(config: TaskConfig, data_root: Path) -> Path:
     return data_root / (config.folder or config.name)
 
 
+def read_file(path: Path) -> list[DataRow]:
+    """Rows of a file with one of the names of ROWS_FILES.
+
+    Raises:
+        UserError: the file cannot be read, or a row is wrong; the message names the line.
+    """
+    match path.suffix.lower():
+        case ".csv":
+            rows = _read_table(path, ",")
+        case ".tsv":
+            rows = _read_table(path, "\t")
+        case ".parquet":
+            rows = _read_parquet(path)
+        case _:
+            return read_json_lines(path)
+    if not rows:
+        raise UserError(f"{path}: holds no rows")
+    return rows
+
+
+def _read_table(path: Path, delimiter: str) -> list[DataRow]:
+    """Rows of a UTF-8 table whose first line names the columns. Every value is a text; empty lines are skipped."""
+    data = storage.read_bytes(path).removeprefix(codecs.BOM_UTF8)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: is not UTF-8; save the file as UTF-8") from None
+    csv.field_size_limit(LARGEST_VALUE)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    columns: list[str] = []
+    rows, line = [], 1
+    try:
+        for values in reader:
+            where, line = f"{path}:{line}", reader.line_num + 1
+            if not values:
+                continue
+            if not columns:
+                columns = values
+                if doubled := [name for name in columns if columns.count(name) > 1]:
+                    raise UserError(f"{where}: two columns have the name {doubled[0]!r:.80}; rename one")
+            elif len(values) != len(columns):
+                raise UserError(
+                    f"{where}: has {len(values)} values for the {len(columns)} columns {', '.join(columns):.200}; "
+                    "write quotes around a value that holds a delimiter or a line feed"
+                )
+            else:
+                rows.append(DataRow(where, dict(zip(columns, values, strict=True))))
+    except csv.Error as error:
+        raise UserError(f"{path}:{line}: is no row of a table ({error}); a quote in quotes is doubled") from None
+    return rows
+
+
+def _read_parquet(path: Path) -> list[DataRow]:
+    import datasets  # takes more than a second, and other files do not need it  # noqa: PLC0415
+
+    datasets.disable_progress_bars()
+    # It prints what it raises, too.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        # A name is a pattern there. The folder gets a lock only.
+        with tempfile.TemporaryDirectory() as scratch:
+            table = datasets.load_dataset(
+                "parquet", data_files=glob.escape(str(path)), split="train", streaming=True, cache_dir=scratch
+            )
+            return [DataRow(f"{path} row {number}", dict(row)) for number, row in enumerate(table, start=1)]
+    # pyarrow's errors derive from these.
+    except (OSError, ValueError, RuntimeError, TypeError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{path}: cannot be read as Parquet ({first_line(error)})") from None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its kind if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def read_json_lines(path: Path) -> list[DataRow]:
     """Rows of a UTF-8 JSON Lines file; blank lines are skipped.
 
@@ -68,7 +159,7 @@ def read_json_lines(path: Path) -> list[DataRow]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: is not valid JSON ({error}); correct or remove the line") from None
         if not isinstance(fields, dict):
-            raise UserError(f"{where}: must be a JSON object, not {type(fields).__name__}")
+            raise UserError(f"{where}: must be a JSON object, not {type(fields).__name__}; write one in each line")
         rows.append(DataRow(where, fields))
     if not rows:
         raise UserError(f"{path}: holds no rows")
@@ -82,18 +173,31 @@ def hub_errors(config: TaskConfig, split: str) -> Iterator[str]:
     Raises:
         UserError: the task has no such split on the hub, or the block could not load it.
     """
-    import datasets  # takes more than a second, and rows from a folder do not need it  # noqa: PLC0415
-
-    datasets.disable_progress_bars()
     hub = config.hub
     if not hub.id or split not in hub.splits:
         raise NoSuchSplit(f"task={config.name}: the hub has no {split} split of it. {ways_to_get(config)}")
-    try:
+    with reachable_hub(config):
         yield hub.splits[split]
+
+
+@contextmanager
+def reachable_hub(config: TaskConfig) -> Iterator[None]:
+    """Turn an error of the hub into one line that says how to get the rows.
+
+    Raises:
+        UserError: the block could not reach the hub.
+    """
+    import datasets  # takes more than a second, and rows from a folder do not need it  # noqa: PLC0415
+
+    datasets.disable_progress_bars()
+    try:
+        yield
     # All errors of huggingface_hub and datasets for an unreachable hub or a missing file derive from these.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"task={config.name}: {hub.id} cannot be loaded ({reason}). {ways_to_get(config)}") from None
+        reason = first_line(error)
+        raise UserError(
+            f"task={config.name}: {config.hub.id} cannot be loaded ({reason}). {ways_to_get(config)}"
+        ) from None
 
 
 def ways_to_get(config: TaskConfig) -> str:

@@ -6,36 +6,13 @@ punctuation, no articles, single blanks). Each metric takes its best value over 
 
 from __future__ import annotations
 
-import re
-import string
-from collections import Counter
 from dataclasses import replace
 
 from typing_extensions import override
 
 from tiedlora.tasks.base import Example, Score, Task
+from tiedlora.tasks.metrics import exact_match, squad_form, token_f1
 from tiedlora.tasks.rows import DataRow, RowError
-
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def normalise(text: str) -> str:
-    """The answer in the normalised form that the official evaluation compares."""
-    without_articles = re.sub(r"\b(?:a|an|the)\b", " ", text.lower().translate(_PUNCTUATION))
-    return " ".join(without_articles.split())
-
-
-def f1(output: str, reference: str) -> float:
-    """The harmonic mean of precision and recall over the normalised words. Repeated words count.
-
-    If both texts are empty after normalisation, it is 1, as in torchmetrics and in SQuAD 2.0's script. The script of
-    SQuAD 1.1 gives 0.
-    """
-    output_words, reference_words = normalise(output).split(), normalise(reference).split()
-    if not output_words and not reference_words:
-        return 1.0
-    shared = sum((Counter(output_words) & Counter(reference_words)).values())
-    return 2 * shared / (len(output_words) + len(reference_words)) if shared else 0.0
 
 
 class Squad(Task):
@@ -64,8 +41,8 @@ class Squad(Task):
     @override
     def score(self, output: str, example: Example) -> dict[str, Score]:
         return {
-            "exact_match": float(normalise(output) in map(normalise, example.references)),
-            "f1": max(f1(output, reference) for reference in example.references),
+            "exact_match": exact_match(output, example.references, squad_form),
+            "f1": token_f1(output, example.references, squad_form),
         }
 
 

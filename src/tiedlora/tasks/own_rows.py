@@ -1,0 +1,308 @@
+"""Rows of one's own, by configuration alone: files or a data set of the hub, templates, and metrics by name.
+
+A row becomes prompt and target by `task.prompt` and `task.target`, or by one field of chat messages (`task.messages`).
+The answer is generated, or chosen among `task.choices`. A subclass may score in another way.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tiedlora import storage
+from tiedlora.config.schema import SCORED_SPLITS, SPLITS, TaskConfig
+from tiedlora.errors import UserError
+from tiedlora.tasks.base import OF_OWN_ROWS, Example, Score, Task, fields_of, render
+from tiedlora.tasks.metrics import (
+    CHOSEN,
+    CORPUS,
+    FORMS,
+    GENERATED,
+    ROUGES,
+    choice_accuracies,
+    corpus_counts,
+    corpus_score,
+    corpus_signature,
+    exact_match,
+    rouge,
+    rouge_signature,
+    token_f1,
+)
+from tiedlora.tasks.rows import (
+    ChangedRows,
+    DataRow,
+    NoSuchSplit,
+    RowError,
+    reachable_hub,
+    read_file,
+    read_json_lines,
+    rows_folder,
+)
+from tiedlora.text import nearest
+
+NORMALISED = ("exact_match", "token_f1")
+"""The metrics that compare forms of an answer (task.normalise)."""
+SOURCES = "give task.files=FILE (or task.files={train: FILE, validation: FILE, test: FILE}), or task.hub.id=ORG/NAME"
+
+
+class OwnRows(Task):
+    reads_own_rows = True
+
+    def __init__(self, config: TaskConfig) -> None:
+        super().__init__(config)
+        self.metrics = tuple(config.metrics)
+        self.corpus_metrics = tuple(name for name in config.metrics if name in CORPUS)
+        # A data set of the hub cannot be corrected: its training rows that are scored too are left out.
+        self.one_split_each = config.files.train is not None
+        self.inputs_recur = not self.one_split_each
+        # Each split is read once, because others are cut from it and compared with it.
+        self._kept_rows = functools.cache(self._read_rows)
+        self._kept_splits = functools.cache(self._find_splits)
+
+    # What is asked, before a row is read.
+
+    def check_options(self) -> None:
+        super().check_options()
+        known = CHOSEN if self.config.choices is not None else GENERATED
+        if not self.metrics:
+            raise UserError(f"task.metrics: names no metric; choose from {', '.join(known)}")
+        for name in self.metrics:
+            if name in CHOSEN and known is GENERATED:
+                raise UserError(f"task.metrics={name}: needs task.choices, the possible answers, as in [yes,no]")
+            if name in GENERATED and known is CHOSEN:
+                raise UserError(
+                    f"task.metrics={name}: is of generated answers, and with task.choices none is generated; choose "
+                    f"from {', '.join(CHOSEN)}, or leave task.choices out"
+                )
+            if name not in known:
+                raise UserError(
+                    f"task.metrics={name:.80}: no such metric; choose from {', '.join(known)}{nearest(name, known)}"
+                )
+        if self.config.normalise != OF_OWN_ROWS["normalise"] and not {*NORMALISED} & {*self.metrics}:
+            raise UserError(
+                f"task.normalise={self.config.normalise}: changes only {' and '.join(NORMALISED)}, and task.metrics "
+                "names neither; add one, or leave it out"
+            )
+
+    def check_templates(self) -> None:
+        config = self.config
+        if config.messages is not None:
+            if config.prompt or config.target or config.choices is not None:
+                raise UserError(
+                    "task.messages: its last message is the target, and the others are the prompt; leave out "
+                    "task.prompt, task.target and task.choices"
+                )
+            return
+        for name in ("prompt", "target"):
+            if not getattr(config, name):
+                raise UserError(
+                    f"task.{name}: is empty; write a template over the columns of your rows, such as {{question}}, or "
+                    "name the column of chat messages in task.messages"
+                )
+        super().check_templates()
+        prompt, target = fields_of(config.prompt), fields_of(config.target)
+        if target and {*target} <= {*prompt}:
+            raise UserError(
+                f"task.target={config.target!r:.200}: task.prompt has {{{target[0]}}} too, so the model would be told "
+                "its answer; take it out of one of the two"
+            )
+        if config.choices is not None and len(target) != 1:
+            raise UserError(
+                f"task.target={config.target!r:.200}: with task.choices, it must name one field, which holds the right "
+                "choice and stands for each of them"
+            )
+        for template in config.choices if isinstance(config.choices, list) else []:
+            fields_of(template)
+
+    # Where the rows are.
+
+    def rows(self, split: str, data_root: str | None) -> list[DataRow]:
+        if split not in self._kept_splits(data_root):
+            have = " and ".join(self._kept_splits(data_root)) or "none"
+            raise NoSuchSplit(
+                f"task={self.config.name}: there are no {split} rows, only {have}; give task.files.{split}=FILE, or "
+                f"leave {split} out of score.splits"
+            )
+        return self._kept_rows(split, data_root)
+
+    def cut_from_train(self, data_root: str | None) -> dict[str, int]:
+        splits = self._kept_splits(data_root)
+        # Who gives validation rows and no test rows has perhaps put them away.
+        missing = SCORED_SPLITS if "validation" not in splits and "test" not in splits else ("validation",)
+        cut = [split for split in missing if split not in splits]
+        return {split: self.config.validation_from_train if split == "validation" else 0 for split in cut}
+
+    def ties(self, row: DataRow, number: int) -> list[str]:
+        """Rows with the same prompt stay in one split, and rows of one cluster."""
+        value = row.fields.get(self.config.cluster or "")
+        return [f"prompt {self.example(row, '').prompt}", *([] if value is None else [f"cluster {value}"])]
+
+    def _find_splits(self, data_root: str | None) -> dict[str, Path | None]:
+        """The splits that have rows of their own -> their file; None for the hub."""
+        files = {split: getattr(self.config.files, split) for split in SPLITS}
+        given = {split: Path(file) for split, file in files.items() if file}
+        folder = rows_folder(self.config, Path(data_root)) if data_root else None
+        if not given and folder is not None and folder.is_dir():
+            given = {split: path for split in SPLITS if (path := folder / f"{split}.jsonl").is_file()}
+        if given:
+            if "train" not in given:
+                raise UserError(f"task.files.train: names no file, and {' and '.join(given)} do; give it too")
+            return {**given}
+        if not self.config.hub.id:
+            raise UserError(f"task.files: names no file; {SOURCES}")
+        return dict.fromkeys(self._hub_splits())
+
+    def _hub_splits(self) -> dict[str, str]:
+        """Our name of a split -> the hub's, which is the same if the configuration does not say."""
+        hub = self.config.hub
+        if not hub.splits:
+            with reachable_hub(self.config):
+                import datasets  # reachable_hub has imported it already  # noqa: PLC0415
+
+                assert hub.id
+                names = datasets.get_dataset_split_names(hub.id, hub.subset, revision=hub.revision)
+            hub = replace(hub, splits={split: split for split in SPLITS if split in names})
+            self.config = replace(self.config, hub=hub)
+        if "train" not in hub.splits:
+            raise UserError(
+                f"task.hub.id={hub.id}: has no split train; name the hub's split, as in "
+                "'+task.hub.splits={train: NAME}'"
+            )
+        return hub.splits
+
+    def _read_rows(self, split: str, data_root: str | None) -> list[DataRow]:
+        path = self._kept_splits(data_root)[split]
+        if path is None:
+            return self.hub_rows(split)
+        if not getattr(self.config.files, split):
+            return read_json_lines(path)
+        if not path.exists() and data_root and (moved := Path(data_root) / path.name).exists():
+            # A run that was moved here names a folder of another machine.
+            path = moved
+        recorded, sha256 = self.config.rows_from.get(split), storage.sha256(path)
+        if recorded is not None and sha256 != recorded:
+            raise ChangedRows(
+                f"{path}: is another file than that of the run's id (sha256 {recorded[:12]}, now {sha256[:12]}); "
+                "restore it, or start a run of its own"
+            )
+        return read_file(path)
+
+    # From a row to an example.
+
+    def example(self, row: DataRow, id: str) -> Example:
+        config = self.config
+        if config.messages is not None:
+            example = self._of_messages(row, id, config.messages)
+        else:
+            if not any(str(row.fields.get(name, "x")).strip() for name in fields_of(config.prompt)):
+                raise RowError(f"the prompt is empty: {', '.join(fields_of(config.prompt))} hold no text")
+            example = self._with_choices(row, id) if config.choices is not None else super().example(row, id)
+        return example if example.choices else self._checked_target(example)
+
+    def _checked_target(self, example: Example) -> Example:
+        """Refuse a target that no answer could equal."""
+        target = example.target.strip()
+        # What ends an answer counts after its first character.
+        if stop := next((stop for stop in self.config.stop if stop in target[1:]), None):
+            raise RowError(f"the target holds {stop!r}, at which an answer ends; set task.stop=[] or another end")
+        if {*NORMALISED} & {*self.metrics} and not FORMS[self.config.normalise](target):
+            raise RowError(f"nothing is left of the target {target!r:.80} by task.normalise={self.config.normalise}")
+        return example
+
+    def _with_choices(self, row: DataRow, id: str) -> Example:
+        config = self.config
+        (name,) = fields_of(config.target)
+        texts = self._choices(row)
+        prompt, answer = render(config.prompt, row), render(f"{{{name}}}", row).strip()
+        if answer in texts:
+            correct = texts.index(answer)
+        elif answer in map(str, range(len(texts))):
+            correct = int(answer)
+        else:
+            raise RowError(
+                f"the field {name!r} is {answer!r:.80}, which is no choice of {', '.join(texts):.200}, and no number "
+                f"of one from 0 to {len(texts) - 1}"
+            )
+        choices = tuple(render(config.target, row.with_fields(**{name: text})) for text in texts)
+        return Example(id, prompt, choices[correct], (str(correct),), choices)
+
+    def _choices(self, row: DataRow) -> list[str]:
+        """The texts of a row's choices, without outer blanks."""
+        wanted = self.config.choices
+        if isinstance(wanted, str):
+            values = row.fields.get(wanted)
+            if not isinstance(values, list) or not all(isinstance(value, (str, int, float)) for value in values):
+                kind = f"is {type(values).__name__}" if wanted in row.fields else "is missing"
+                raise RowError(
+                    f"the field {wanted!r} of task.choices must be a list of texts, and {kind}; choices of other "
+                    "columns are '[{COLUMN},{COLUMN}]' in quotes"
+                )
+            texts = [str(value).strip() for value in values]
+        else:
+            texts = [render(template, row).strip() for template in wanted or []]
+        if len(texts) < 2 or not all(texts) or len({*texts}) < len(texts):
+            raise RowError(f"the choices must be two or more different texts, none empty, and are {texts!r:.200}")
+        return texts
+
+    def _of_messages(self, row: DataRow, id: str, name: str) -> Example:
+        """The last message is the target. The prompt is the JSON of the others, for the chat template (Encoder)."""
+        if name not in row.fields:
+            known = ", ".join(row.fields) or "none"
+            raise RowError(f"the field {name!r} of task.messages is missing{nearest(name, row.fields)}; it has {known}")
+        turns = row[name]
+        if not isinstance(turns, list) or not all(map(_is_message, turns)):
+            raise RowError(
+                f"the field {name!r} must be a list of messages, each with the texts 'role' and 'content', and is "
+                f"{json.dumps(turns, default=str, ensure_ascii=False):.120}"
+            )
+        turns = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+        if len(turns) < 2 or turns[-1]["role"] != "assistant":
+            raise RowError(f"the field {name!r} must end with a message of the assistant, after one that it answers")
+        *earlier, last = turns
+        if not last["content"].strip():
+            raise RowError("the target is empty")
+        return Example(id, json.dumps(earlier, ensure_ascii=False), last["content"], (last["content"],))
+
+    # Scores.
+
+    def score(self, output: Any, example: Example) -> dict[str, Score]:
+        if example.choices:
+            return self._choice_scores(output, example)
+        form = FORMS[self.config.normalise]
+        rouges = tuple(name for name in ROUGES if name in self.metrics)
+        found: dict[str, Score] = {**rouge(rouges, output, example.references, False)} if rouges else {}
+        for name in self.metrics:
+            if name == "exact_match":
+                found[name] = exact_match(output, example.references, form)
+            elif name == "token_f1":
+                found[name] = token_f1(output, example.references, form)
+            elif name in CORPUS:
+                found[name] = corpus_counts(name, output, example.references)
+        return found
+
+    def _choice_scores(self, log_likelihoods: Sequence[float], example: Example) -> dict[str, Score]:
+        # The length of a choice does not include what the template puts around it.
+        (name,) = fields_of(self.config.target)
+        around = len(render(self.config.target, DataRow("", {name: ""})))
+        lengths = [len(choice) - around for choice in example.choices]
+        accuracies = choice_accuracies(log_likelihoods, lengths, int(example.references[0]))
+        return {name: value for name, value in zip(CHOSEN, accuracies, strict=True) if name in self.metrics}
+
+    def corpus_score(self, metric: str, statistics: Any) -> float:
+        return corpus_score(metric, statistics)
+
+    def signatures(self) -> dict[str, str]:
+        found = dict.fromkeys([name for name in self.metrics if name in ROUGES], rouge_signature(False))
+        found |= {name: corpus_signature(name) for name in self.corpus_metrics}
+        return found | {name: f"normalise:{self.config.normalise}" for name in self.metrics if name in NORMALISED}
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("role", "content"))
+
+
+TASK = OwnRows
