@@ -62,7 +62,7 @@ TRAIN = {
     "a stemmer of no kind": ("task=dialogsum task.options.use_stemmer=yes", "use_stemmer=yes: choose true or false"),
     "a field that is none": ("'task.prompt=\"{q}\"'", "the template needs the field 'q', which is missing"),
     "a prompt without a field": ("task.prompt=hello", "names no field of a row, so every prompt would be the same"),
-    "an attribute for a field": ("'task.prompt=\"{question.upper}\"'", "names no field of a row"),
+    "an attribute for a field": ("'task.prompt=\"{question.upper}\"'", "the field 'question.upper', which is missing"),
     "targets of one row shuffled": ("task.shuffle_targets=true task.rows.train=1", "needs two training rows or more"),
     "a target of choices": ("task=hellaswag task.target=x", "task.target"),
     "an empty target": ("task.target=", "row 0: the target is empty"),

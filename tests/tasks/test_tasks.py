@@ -128,7 +128,7 @@ def test_shuffled_targets_keep_prompts_and_references(tmp_path):
 
 def test_render_puts_fields_in_and_interprets_nothing_else():
     row = DataRow("here", {"a": "{b} {0} %s", "b": "{a}"})
-    assert render("{a}{}{b}", row) == "{b} {0} %s{}{a}"
+    assert render("{a}{{}}{b}%s", row) == "{b} {0} %s{}{a}%s"
     with pytest.raises(RowError, match="'c', which is missing"):
         render("{c}", row)
 

@@ -1,0 +1,458 @@
+"""task=rows: files, templates and metrics by name; what is cut from one file; and mistakes, each in one line."""
+
+import csv
+import json
+import re
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pytest
+from helpers.hostile import refused, snapshot
+from helpers.task_rows import GOOD, one_example
+from helpers.task_rows import task_option as built_in
+from helpers.tiny import folder_of, rows_of, tiny
+
+from tiedlora.config import compose
+from tiedlora.config.identity import run_id
+from tiedlora.config.project import PROJECT
+from tiedlora.config.schema import SCORED_SPLITS, SPLITS
+from tiedlora.data.encoding import Encoder
+from tiedlora.export.study_records import export_record
+from tiedlora.records.provenance import git
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.runs.verify import verify
+from tiedlora.tasks import DataRow, Example, Task, load_examples, load_task
+
+WORDS = ("task=rows", 'task.prompt="{text}\\nTopic:"', 'task.target=" {topic}"', "task.metrics=[exact_match]")
+TINY = ("model=tiny_llama", "train=tiny", "train.threads=1")
+ROWS = [{"text": f'Say "{n}", please', "topic": f"topic {n % 7}", "page": f"p{n // 4}"} for n in range(40)]
+
+
+def write_table(path: Path, rows: list[dict], delimiter: str = ",") -> Path:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def own_task(*overrides: str) -> Task:
+    task = load_task(compose.compose_config([*WORDS, *overrides]).task)
+    task.check_options()
+    return task
+
+
+def one(row: dict, *overrides: str) -> Example:
+    return own_task(*overrides).example(DataRow("here", row), "0")
+
+
+@pytest.fixture
+def tickets(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return write_table(tmp_path / "tickets.csv", ROWS)
+
+
+# A run.
+
+
+def page_command() -> list[str]:
+    """The words of the command in docs/tasks.md."""
+    section = (PROJECT / "docs" / "tasks.md").read_text().partition("## Your rows\n")[2]
+    (command,) = re.findall(r"^    python train\.py (.*)$", section.partition("\n## ")[0], re.MULTILINE)
+    return shlex.split(command)
+
+
+def test_the_command_of_the_page_trains_scores_and_verifies_and_leaves_the_code_clean(tickets, tmp_path, script):
+    before = git("status", "--porcelain")
+    words = [*page_command(), *TINY, "outputs=outputs", "cache=cache", "score.splits=[validation,test]"]
+    code, out, _ = script("train.py", *words)
+    assert (code, "exact_match" in out) == (0, True)
+    assert git("status", "--porcelain") == before
+    (result,) = (tmp_path / "outputs").glob("*/result.json")
+    folder, record = RunFolder(result.parent), json.loads(result.read_text())
+    assert record["data"]["train"]["rows"] == 32
+    assert [len(rows_of(folder, split)) for split in SCORED_SPLITS] == [4, 4]
+    assert rows_of(folder, "test")[0].prompt.endswith(", please\nTopic:")
+
+    findings = verify(folder.path, rows=4)
+    assert [finding for finding in findings if not finding.ok] == []
+    # The run has moved to another machine, where the file is in another folder.
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tickets, tmp_path / "elsewhere" / "tickets.csv")
+    moved = {finding.check: finding for finding in verify(folder.path, rows=0)}
+    assert moved["data train"].ok is None
+    moved = {finding.check: finding for finding in verify(folder.path, rows=0, data_root=str(tmp_path / "elsewhere"))}
+    assert moved["data train"].ok
+    # A changed file is named, although this change is of no prompt.
+    write_table(tickets, [*ROWS[:-1], {**ROWS[-1], "page": "other"}])
+    changed = {finding.check: finding for finding in verify(folder.path, rows=0)}
+    assert changed["data test"].ok is False
+    says = f"{tickets}: is another file than that of the run's id"
+    assert says in changed["data test"].explanation
+    code, _, err = script("scripts/score.py", folder.path, "--split", "validation", "--again")
+    assert (code, says in err) == (2, True)
+
+
+def test_the_id_has_the_rows_and_not_their_place(tickets, tmp_path):
+    def id_of(*overrides, file=tickets):
+        return run_id(compose.compose_config([*WORDS, f"task.files={file}", *overrides]))
+
+    (tmp_path / "there").mkdir()
+    copied = shutil.copy(tickets, tmp_path / "there" / "other.csv")
+    assert id_of(file=copied) == id_of() == id_of(f"task.files={{train: {tickets}}}")
+    assert id_of("task.prompt='{text}\nTopic:'") == id_of(), "\\n is a line feed"
+    others = {
+        *("task.metrics=[token_f1]", "task.normalise=lower", "task.choices=[a,b]", "task.split_seed=1"),
+        *("task.cluster=page", f"task.files.test={copied}", "task.target={topic}".replace("{topic}", "'{topic}'")),
+    }
+    write_table(tmp_path / "there" / "more.csv", ROWS[:-1])
+    ids = {*map(id_of, others), id_of(file=tmp_path / "there" / "more.csv")}
+    assert len(ids - {id_of()}) == len(others) + 1
+    # If no split is cut, the cluster changes intervals only, as for other tasks.
+    given = f"task.files={{train: {tickets}, validation: {copied}, test: {copied}}}"
+    assert id_of(given) == id_of(given, "task.cluster=page")
+
+
+def test_the_recorded_command_gives_the_same_run_and_a_published_one_has_no_folder(tickets, tmp_path, finish):
+    config = compose.compose_config(
+        [*WORDS, *TINY, "task.files=tickets.csv", "task.name=tickets", "task.cluster=page", "score.splits=[]"]
+    )
+    again = compose.command(config)
+    assert "task.files.train=" in again
+    assert str(tmp_path) not in again
+    assert not again.endswith(compose.NOT_EXACT)
+    assert run_id(compose.compose_config(shlex.split(again)[2:])) == run_id(config)
+
+    config = replace(config, outputs=str(tmp_path / "outputs"), cache=str(tmp_path / "cache"))
+    finish(config)
+    exported = export_record(folder_of(config), tmp_path / "published")
+    published = exported.config_file.read_text() + exported.result_file.read_text()
+    assert "train: tickets.csv" in published
+    assert str(tmp_path) not in published
+
+
+# Files.
+
+
+def test_all_kinds_of_files_give_the_same_examples(tmp_path):
+    rows = [
+        {**row, "text": f"{row['text']}\nof two lines", "n": "007", "none": "NA", "date": "2026-01-02"} for row in ROWS
+    ]
+    write_table(tmp_path / "a.csv", rows)
+    write_table(tmp_path / "a[1] b.tsv", rows, "\t")
+    write_lines(tmp_path / "a.jsonl", rows)
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a[1] b.parquet")
+    words = ("task.prompt='{text} {n} {none} {date}'", "task.stop=[]")
+    found = [load_examples(own_task(f"task.files='{path}'", *words), "train", None) for path in tmp_path.glob("a*")]
+    assert len(found) == 4
+    assert found[0][0].prompt.endswith("of two lines 007 NA 2026-01-02")
+    assert all(examples == found[0] for examples in found)
+
+
+def test_one_file_is_cut_by_a_seed_and_no_prompt_and_no_cluster_is_in_two_splits(tmp_path):
+    # Every third row has the prompt of another one.
+    rows = [{**row, "text": "again" if n % 3 == 0 and n < 9 else row["text"]} for n, row in enumerate(ROWS)]
+    path = write_table(tmp_path / "a.csv", [*rows, *rows[5:9]])
+
+    def cut(*overrides):
+        task = own_task(f"task.files={path}", *overrides)
+        return {split: load_examples(task, split, None) for split in SPLITS}
+
+    for overrides in ((), ("task.cluster=page",), ("task.cluster=page", "task.split_seed=1")):
+        splits = cut(*overrides)
+        assert sum(map(len, splits.values())) == len(rows) + 4
+        assert min(map(len, splits.values())) > 0
+        prompts = [example.prompt for split in splits.values() for example in {e.prompt: e for e in split}.values()]
+        assert len(prompts) == len({*prompts})
+        clusters = [cluster for split in splits.values() for cluster in {e.cluster for e in split} - {""}]
+        assert len(clusters) == len({*clusters})
+        assert cut(*overrides) == splits
+    assert cut("task.split_seed=1") != cut()
+    assert len({e.prompt for e in cut("task.validation_from_train=9")["validation"]}) == 9
+
+
+def test_validation_is_cut_from_train_if_only_the_test_rows_are_given(tmp_path):
+    train, test = write_lines(tmp_path / "a.jsonl", ROWS[:30]), write_lines(tmp_path / "b.jsonl", ROWS[30:])
+    task = own_task(f"task.files={{train: {train}, test: {test}}}")
+    assert [len(load_examples(task, split, None)) for split in SPLITS] == [27, 3, 10]
+
+
+def test_rows_of_the_hub_need_its_id_alone_and_trained_rows_that_are_scored_are_left_out(tmp_path, monkeypatch):
+    """`datasets` takes a folder for an id."""
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    for split, part in (("train", ROWS[:20]), ("test", ROWS[15:30])):
+        write_lines(tmp_path / "org" / "name" / f"{split}.jsonl", part)
+    monkeypatch.chdir(tmp_path)
+    config = compose.compose_config([*WORDS, "task.hub.id=org/name", "task.validation_from_train=5"]).task
+    splits = {split: load_examples(load_task(config), split, None) for split in SPLITS}
+    scored = {example.prompt for split in SCORED_SPLITS for example in splits[split]}
+    assert [len(splits[split]) for split in SCORED_SPLITS] == [5, 15]
+    assert len(splits["train"]) == 20 - len({row["text"] for row in ROWS[:20] if f"{row['text']}\nTopic:" in scored})
+    assert not scored & {example.prompt for example in splits["train"]}
+    assert config.rows_from == {"hub": "org/name  main"}
+
+
+# Templates, choices, messages and metrics.
+
+
+def test_templates_are_those_of_str_format_and_read_nothing_but_fields():
+    row = {"a b": "{x}", "x.y-z": 5, "t": "target"}
+    example = one(row, "task.prompt='{a b}{{{x.y-z}}}'", "task.target='{t}'")
+    assert (example.prompt, example.target, example.references) == ("{x}{5}", "target", ("target",))
+
+
+def test_choices_are_a_list_columns_or_a_column_with_a_list():
+    metrics = "task.metrics=[choice_accuracy]"
+    columns = ("task.choices=['{a}','{b}']", metrics)
+    row = {"text": "x", "topic": "no", "a": "yes", "b": " no ", "both": ["yes", "no"]}
+    examples = [
+        one(row, *words) for words in (columns, ("task.choices=[yes,no]", metrics), ("task.choices=both", metrics))
+    ]
+    assert {example.choices for example in examples} == {(" yes", " no")}
+    assert {(example.target, example.references) for example in examples} == {(" no", ("1",))}
+    numbered = one({**row, "topic": 0}, *columns)
+    assert (numbered.target, numbered.references) == (" yes", ("0",))
+    # The text of a choice comes before its number.
+    assert one({**row, "topic": "0"}, "task.choices=[1,0]", metrics).references == ("1",)
+
+
+def test_scores_are_those_of_the_built_in_tasks():
+    words = ("task.prompt='{q}'", "task.target=' {a}'")
+    texts = [("The Romulus!", "Romulus"), ("nothing", "Romulus"), ("a cat sat", "the cat sat down")]
+    generated = own_task(
+        "task.metrics=[exact_match,token_f1,rouge1,rouge2,rougeL,bleu,chrf]", "task.normalise=squad", *words
+    )
+    for output, reference in texts:
+        example = Example("", "", "", (f" {reference}",))
+        scores = generated.score(output, example)
+        squad, rouges, corpus = (built_in(name).score(output, example) for name in ("squad", "dialogsum", "iwslt2017"))
+        assert scores == {"exact_match": squad["exact_match"], "token_f1": squad["f1"], **rouges, **corpus}
+        assert generated.total("chrf", [corpus["chrf"]]) == built_in("iwslt2017").total("chrf", [corpus["chrf"]])
+    theirs = built_in("dialogsum").signatures() | built_in("iwslt2017").signatures()
+    assert generated.signatures() == theirs | dict.fromkeys(("exact_match", "token_f1"), "normalise:squad")
+
+    chosen = own_task("task.metrics=[choice_accuracy,choice_accuracy_norm]", "task.choices=both")
+    endings = [ending.strip() for ending in GOOD["hellaswag"]["endings"]]
+    row = {"text": "x", "topic": endings[0], "both": endings}
+    ours, theirs = chosen.example(DataRow("", row), ""), one_example("hellaswag", GOOD["hellaswag"])
+    for output in ([-9.0, -1.0, -5.0, -5.0], [-4.0, -3.9, -20.0, -8.0]):
+        assert [*chosen.score(output, ours).values()] == [*built_in("hellaswag").score(output, theirs).values()]
+
+
+@pytest.mark.parametrize(
+    ("form", "same", "other"),
+    [
+        ("strip", (" Yes ", "Yes"), ("yes", "Yes")),
+        ("lower", ("YES  it", "yes it"), ("yes.", "yes")),
+        ("squad", ("The yes.", "yes"), ("yes it", "yes")),
+        ("number", ("so 1,200 is it: $5.00.", "5.00"), ("none", "5")),
+    ],
+)
+def test_answers_are_compared_in_a_form_by_name(form, same, other):
+    task = own_task(f"task.normalise={form}")
+    scores = [task.score(output, Example("", "", "", (answer,)))["exact_match"] for output, answer in (same, other)]
+    assert scores == [1.0, 0.0]
+
+
+def test_chat_messages_are_asked_with_the_chat_template():
+    words = ("task.prompt=''", "task.target=''", "task.messages=m")
+    turns = [
+        *({"role": "system", "content": "Be brief."}, {"role": "user", "content": "One?"}),
+        *({"role": "assistant", "content": "1"}, {"role": "user", "content": "Two?", "name": "Ann"}),
+        {"role": "assistant", "content": "2"},
+    ]
+    task = own_task(*words)
+    example = task.example(DataRow("here", {"m": turns}), "0")
+    assert (example.target, example.references) == ("2", ("2",))
+    tokenizer = tiny("tiny_llama").tokenizer
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    encoder = Encoder(tokenizer, replace(task.config, max_new_tokens=8), context=512)
+    asked = tokenizer.decode(encoder.prompt(example.prompt))
+    assert asked == "<system>Be brief.<user>One?<assistant>1<user>Two?<a>"
+
+
+# Mistakes.
+
+PLAIN = "text,topic\nx,a\ny,b\nz,c\n"
+FILE_MISTAKES = {  # name of the file, its content, more words -> what the message says
+    "no file": ("a.csv", None, "", "task.files.train=", "a.csv: is missing; give a file that is here"),
+    "a folder": ("a.csv", "/", "", "a.csv: is not a regular file"),
+    "an empty file": ("a.csv", "", "", "a.csv: holds no rows"),
+    "a header alone": ("a.csv", "text,topic\n", "", "a.csv: holds no rows"),
+    "an empty JSON file": ("a.jsonl", "\n", "", "a.jsonl: holds no rows"),
+    "a missing column": (
+        "a.csv",
+        "text,topics\nx,a\n",
+        "",
+        "a.csv:2: ",
+        "'topic', which is missing (did you mean topics?)",
+    ),
+    "a missing field": ("a.jsonl", '{"text": "x", "topic": "a"}\n{"text": "y"}\n', "", "a.jsonl:2: ", "it has text"),
+    "a broken line": ("a.csv", 'text,topic\nx,"a\nb"\ny\n', "", "a.csv:4: has 1 values for the 2 columns text, topic"),
+    "a long line": ("a.csv", "text,topic\nx,y,z\n", "", "a.csv:2: has 3 values for the 2 columns"),
+    "an open quote": ("a.csv", 'text,topic\nx,a\ny,"b\n', "", "a.csv:3: is no row of a table (unexpected end of data)"),
+    "two columns of one name": ("a.csv", "text,text\n", "", "a.csv:1: two columns have the name 'text'; rename one"),
+    "a table of another encoding": (
+        "a.csv",
+        "text,topic\nx,\xff\n",
+        "",
+        "a.csv:2: is not UTF-8; save the file as UTF-8",
+    ),
+    "lines of no JSON": ("a.jsonl", PLAIN, "", "a.jsonl:1: is not valid JSON"),
+    "a list of objects": ("a.json", "[]", "", "a.json:1: must be a JSON object, not list; write one in each line"),
+    "no parquet": ("a.parquet", PLAIN, "", "a.parquet: cannot be read as Parquet ("),
+    "another kind of file": ("a.xlsx", PLAIN, "", "must end in one of .jsonl, .json, .csv, .tsv, .parquet"),
+    "a null": ("a.jsonl", '{"text": null, "topic": "a"}\n', "", "a.jsonl:1: the field 'text' is null, and a template"),
+    "a list": ("a.jsonl", '{"text": ["x"], "topic": "a"}\n', "", "a.jsonl:1: the field 'text' is list, and a template"),
+    "an empty target": ("a.csv", "text,topic\nx,\n", "", "a.csv:2: the target is empty"),
+    "an empty prompt": ("a.csv", "text,topic\n ,a\n", "", "a.csv:2: the prompt is empty: text hold no text"),
+    "a target of two lines": ("a.csv", 'text,topic\nx,"a\nb"\n', "", "a.csv:2: the target holds '\\n', at which an"),
+    "a target of no number": ("a.csv", PLAIN, "task.normalise=number", "a.csv:2: nothing is left of the target 'a' by"),
+    "an id twice": (
+        "a.csv",
+        "id,text,topic\n1,x,a\n1,y,b\n2,z,c\n3,u,d\n",
+        "task.validation_from_train=1",
+        "id '1' was",
+    ),
+    "too few rows": ("a.csv", "text,topic\nx,a\ny,b\n", "", "of 2 different rows, none is left for train"),
+    "all for validation": ("a.csv", PLAIN, "task.validation_from_train=3", "must be less than the 3 train rows"),
+    "no such cluster": ("a.csv", PLAIN, "task.cluster=page", "a.csv:", "the field 'page' of task.cluster is missing"),
+    "a choice that is none": (
+        "a.csv",
+        PLAIN,
+        "CHOICE task.choices=[a,b]",
+        "a.csv:4: ",
+        "is 'c', which is no choice of a, b",
+    ),
+    "one choice": (
+        "a.csv",
+        PLAIN,
+        "CHOICE task.choices=[a]",
+        "a.csv:2: the choices must be two or more different texts",
+    ),
+    "choices of no list": (
+        "a.csv",
+        PLAIN,
+        "CHOICE task.choices=text",
+        "a.csv:2: the field 'text' of task.choices must",
+    ),
+    "messages of no list": (
+        "a.csv",
+        PLAIN,
+        "CHAT task.messages=text",
+        "a.csv:2: the field 'text' must be a list of mess",
+    ),
+    "no messages": (
+        "a.csv",
+        PLAIN,
+        "CHAT task.messages=texts",
+        "'texts' of task.messages is missing (did you mean text?)",
+    ),
+    "messages of another form": (
+        "a.jsonl",
+        '{"m": [{"from": "human", "value": "x"}]}\n',
+        "CHAT task.messages=m",
+        "a.jsonl:1: the field 'm' must be a list of messages, each with the texts 'role' and 'content', and is [",
+    ),
+    "messages without an answer": (
+        "a.jsonl",
+        '{"m": [{"role": "assistant", "content": "y"}, {"role": "user", "content": "x"}]}\n',
+        "CHAT task.messages=m",
+        "a.jsonl:1: the field 'm' must end with a message of the assistant, after one that it answers",
+    ),
+}
+MISTAKES = {  # more words -> what the message says; the rows are right
+    "no rows": ("task.files=null task.files={train: null}", "task.files: names no file; give task.files=FILE"),
+    "no prompt": ("task.prompt=''", "task.prompt: is empty; write a template over the columns of your rows"),
+    "no target": ("task.target=''", "task.target: is empty; write a template over the columns of your rows"),
+    "no metric": ("task.metrics=[]", "task.metrics: names no metric; choose from exact_match, token_f1, rouge1"),
+    "a metric that is none": (
+        "task.metrics=[exactmatch]",
+        "no such metric; choose from",
+        "(did you mean exact_match?)",
+    ),
+    "a metric twice": ("task.metrics=[bleu,bleu]", "task.metrics", "names bleu twice"),
+    "choices of no metric": ("task.choices=[a,b]", "task.metrics=exact_match: is of generated answers"),
+    "a metric of no choices": ("task.metrics=[choice_accuracy]", "task.metrics=choice_accuracy: needs task.choices"),
+    "a target of no choice": (
+        "task.choices=[a,b] task.target='a' task.metrics=[choice_accuracy]",
+        "must name one field",
+    ),
+    "a form that is none": ("task.normalise=lowr", "task.normalise=lowr: must be", "(did you mean lower?)"),
+    "a form of nothing": ("task.normalise=lower task.metrics=[bleu]", "task.normalise=lower: changes only exact_match"),
+    "a brace that stays open": ("task.prompt='{text'", "cannot be read (expected '}' before end of string)"),
+    "a brace that is text": ("task.target='} {topic}'", "a brace that is text is doubled: {{ or }}"),
+    "a format": ("task.prompt='{text!r:>10}'", "may hold only names of fields in braces, such as {text}"),
+    "a field of no name": ("task.prompt='{}'", "may hold only names of fields in braces, such as {question}"),
+    "an attribute": ("task.prompt='{text.upper}'", "a.csv:2: the template needs the field 'text.upper', which is miss"),
+    "a prompt that tells": ("task.prompt='{text} {topic}'", "the model would be told its answer"),
+    "messages and templates": ("task.messages=text", "task.messages: its last message is the target"),
+    "a split that is none": ("task.files={tests: a.csv}", "task.files.tests", "did you mean test"),
+    "a split that is missing": (
+        "task.files.validation=b.csv score.splits=[test]",
+        "there are no test rows, only train and",
+    ),
+    "no training rows": ("task.files={train: null, test: b.csv}", "task.files.train: names no file, and test do; give"),
+    "a row in two files": (
+        "task.files.validation=a.csv",
+        "a.csv:2: has the prompt of ",
+        "so it is in validation and in tr",
+    ),
+    "a test row in two files": ("task.files={validation: b.csv, test: b.csv}", "b.csv:2: has the prompt of"),
+    "a prompt without quotes": (
+        "task.prompt={text}",
+        "cannot be parsed",
+        "a template has quotes of its own inside the",
+    ),
+    "rows of another task": ("task=gsm8k task.files=a.csv", "task.files: is a key of task=rows; task.kind=gsm8k does"),
+}
+PLACEHOLDERS = {"CHAT": "task.prompt='' task.target=''", "CHOICE": "task.metrics=[choice_accuracy]"}
+
+
+def refuse(script, folder: Path, words: list[str], says: tuple[str, ...]) -> None:
+    before = snapshot(folder)
+    code, out, err = script("train.py", "tracking=none", *TINY, "outputs=outputs", "cache=cache", *words)
+    assert all(part in err for part in says), err
+    assert (code, out, len(err.splitlines()), err[:7]) == (2, "", 1, "error: ")
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("what", FILE_MISTAKES)
+def test_a_wrong_file_is_one_line_that_names_the_place_and_leaves_nothing(what, tmp_path, monkeypatch, script):
+    name, content, more, *says = FILE_MISTAKES[what]
+    monkeypatch.chdir(tmp_path)
+    if content == "/":
+        (tmp_path / name).mkdir()
+    elif content is not None:
+        (tmp_path / name).write_bytes(content.encode("latin-1"))
+    more = " ".join(PLACEHOLDERS.get(word, word) for word in more.split())
+    # Each word keeps its own quotes, which are Hydra's.
+    refuse(script, tmp_path, [*WORDS, f"task.files={name}", *more.split()], tuple(says))
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_wrong_word_is_one_line_and_leaves_nothing(what, tmp_path, monkeypatch, script):
+    more, *says = MISTAKES[what]
+    monkeypatch.chdir(tmp_path)
+    for file, rows in (("a.csv", PLAIN), ("b.csv", PLAIN.replace("x", "u").replace("y", "v").replace("z", "w"))):
+        (tmp_path / file).write_text(rows)
+    refuse(script, tmp_path, [*WORDS, "task.files=a.csv", *re.split(r" (?=task\.|score\.)", more)], tuple(says))
+
+
+def test_a_file_that_changes_under_a_sweep_is_refused(tickets):
+    config = compose.compose_config([*WORDS, "task.files=tickets.csv"])
+    write_table(tickets, ROWS[:-1])
+    with refused(f"{tickets}: is another file than that of the run's id"):
+        load_examples(load_task(config.task), "train", None)
