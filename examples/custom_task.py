@@ -1,7 +1,9 @@
 """python examples/custom_task.py [OVERRIDE ...]: train and score a task of your own.
 
-A task turns rows into prompt and target, and scores an output. This one makes its own rows (write a word backwards), so
-it needs no data. It takes the overrides of train.py; by default it trains a tiny random model for a few steps.
+Rows of your own need no class: task=rows takes files, templates and metrics by name (docs/tasks.md). A class is for rows
+that a program makes, and for scoring that no metric does. This one makes its own rows (write a word backwards), and
+scores the share of letters that stand in the right place. It takes the overrides of train.py; by default it trains a
+tiny random model for a few steps.
 
 In the repository a task is a file in src/tiedlora/tasks/ and an option in conf/task/: `train.py task=NAME` finds it
 (docs/extending.md).
@@ -19,7 +21,7 @@ from tiedlora.tasks.rows import DataRow
 
 class Backwards(Task):
     fields = {"word": str}
-    metrics = ("exact_match",)
+    metrics = ("exact_match", "letters_in_place")
 
     def generated_rows(self, split: str) -> list[DataRow]:
         """Words of random letters. They are drawn once and divided among the splits, so no word is in two splits."""
@@ -33,7 +35,9 @@ class Backwards(Task):
         return super().example(row.with_fields(answer=row["word"][::-1]), id)
 
     def score(self, output: str, example: Example) -> dict[str, float]:
-        return {"exact_match": float(output.strip() == example.references[0].strip())}
+        word, answer = example.references[0].strip(), output.strip()
+        in_place = sum(one == other for one, other in zip(word, answer, strict=False))
+        return {"exact_match": float(answer == word), "letters_in_place": in_place / max(len(word), len(answer))}
 
 
 def main(overrides: list[str]) -> None:

@@ -6,7 +6,7 @@ from tiedlora.places import PROJECT
 
 EXAMPLES = {  # name -> (its words, what it prints)
     "custom_specification.py": (["{folder}/adapter"], "loaded back, merged"),
-    "custom_task.py": (["outputs={folder}", "cache={folder}/cache", "train.threads=1"], "exact_match"),
+    "custom_task.py": (["outputs={folder}", "cache={folder}/cache", "train.threads=1"], "letters_in_place"),
     "trainer.py": (["{folder}"], "base_model.model.tied_adapter.targets.qkv.B: (1, 96, 4)"),
 }
 NEEDS_MORE = {"trl_grpo.py"}

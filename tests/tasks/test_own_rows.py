@@ -24,7 +24,9 @@ from tiedlora.export.study_records import export_record
 from tiedlora.records.provenance import git
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs.verify import verify
-from tiedlora.tasks import DataRow, Example, Task, load_examples, load_task
+from tiedlora.tasks import Example, Task, load_examples, load_task
+from tiedlora.tasks.own_rows import OwnRows
+from tiedlora.tasks.rows import DataRow
 
 WORDS = ("task=rows", 'task.prompt="{text}\\nTopic:"', 'task.target=" {topic}"', "task.metrics=[exact_match]")
 TINY = ("model=tiny_llama", "train=tiny", "train.threads=1")
@@ -247,6 +249,19 @@ def test_scores_are_those_of_the_built_in_tasks():
     ours, theirs = chosen.example(DataRow("", row), ""), one_example("hellaswag", GOOD["hellaswag"])
     for output in ([-9.0, -1.0, -5.0, -5.0], [-4.0, -3.9, -20.0, -8.0]):
         assert [*chosen.score(output, ours).values()] == [*built_in("hellaswag").score(output, theirs).values()]
+
+
+def test_a_subclass_has_files_and_templates_and_scores_of_its_own(tickets):
+    class Shorter(OwnRows):
+        metrics = ("shorter",)
+
+        def score(self, output, example):
+            return {"shorter": float(len(output) < len(example.references[0]))}
+
+    task = Shorter(compose.compose_config([*WORDS, "task.files=tickets.csv", "task.metrics=[]"]).task)
+    task.check_options()
+    example = load_examples(task, "test", None)[0]
+    assert (example.prompt[:5], task.score("x", example)) == ('Say "', {"shorter": 1.0})
 
 
 @pytest.mark.parametrize(

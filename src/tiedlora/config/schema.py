@@ -126,6 +126,8 @@ class RowCounts:
 
 @dataclass
 class RowFiles:
+    """`task.files`: the files of task=rows."""
+
     train: RowsFile | None = None
     """The file of the training rows. Validation and test are cut from it if it is the only file."""
     validation: RowsFile | None = None

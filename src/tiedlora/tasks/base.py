@@ -114,7 +114,7 @@ class Task:
             raise NoSuchSplit(f"{path}: no such file. {ways_to_get(self.config)}")
         return read_json_lines(path)
 
-    def cut_from_train(self, data_root: str | None) -> dict[str, int]:
+    def cut_from_train(self, _data_root: str | None) -> dict[str, int]:
         """The splits that are cut from train -> how many groups of rows each gets; 0 means a tenth of all."""
         return {"validation": self.config.validation_from_train} if self.config.validation_from_train else {}
 

@@ -94,6 +94,7 @@ def _rouge_scorer(names: tuple[str, ...], use_stemmer: bool) -> RougeScorer:
 
 
 def rouge_signature(use_stemmer: bool) -> str:
+    """What a record says of the ROUGE that scored it."""
     stemmer = "yes" if use_stemmer else "no"
     return f"rouge-score:{importlib.metadata.version('rouge-score')}|F1|stemmer:{stemmer}|refs:max"
 
@@ -120,6 +121,7 @@ def corpus_score(name: str, statistics: Iterable[float]) -> float:
 
 
 def corpus_signature(name: str) -> str:
+    """sacreBLEU's signature of BLEU or chrF."""
     metric = _sacrebleu(name)
     # The signature holds the number of references. sacreBLEU knows it only after it has scored a corpus.
     metric._extract_corpus_statistics(["x"], [["x"]])

@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from tiedlora import storage
 from tiedlora.config.schema import SCORED_SPLITS, SPLITS, TaskConfig
 from tiedlora.errors import UserError
@@ -50,12 +52,15 @@ SOURCES = "give task.files=FILE (or task.files={train: FILE, validation: FILE, t
 
 
 class OwnRows(Task):
+    """Rows of one's own (task=rows), or a class of one's own that scores them in another way."""
+
     reads_own_rows = True
 
     def __init__(self, config: TaskConfig) -> None:
         super().__init__(config)
-        self.metrics = tuple(config.metrics)
-        self.corpus_metrics = tuple(name for name in config.metrics if name in CORPUS)
+        # A subclass has metrics of its own.
+        self.metrics = self.metrics or tuple(config.metrics)
+        self.corpus_metrics = self.corpus_metrics or tuple(name for name in config.metrics if name in CORPUS)
         # A data set of the hub cannot be corrected: its training rows that are scored too are left out.
         self.one_split_each = config.files.train is not None
         self.inputs_recur = not self.one_split_each
@@ -65,8 +70,13 @@ class OwnRows(Task):
 
     # What is asked, before a row is read.
 
+    @override
     def check_options(self) -> None:
         super().check_options()
+        if not type(self).metrics:
+            self._check_metrics()
+
+    def _check_metrics(self) -> None:
         known = CHOSEN if self.config.choices is not None else GENERATED
         if not self.metrics:
             raise UserError(f"task.metrics: names no metric; choose from {', '.join(known)}")
@@ -88,6 +98,7 @@ class OwnRows(Task):
                 "names neither; add one, or leave it out"
             )
 
+    @override
     def check_templates(self) -> None:
         config = self.config
         if config.messages is not None:
@@ -120,6 +131,7 @@ class OwnRows(Task):
 
     # Where the rows are.
 
+    @override
     def rows(self, split: str, data_root: str | None) -> list[DataRow]:
         if split not in self._kept_splits(data_root):
             have = " and ".join(self._kept_splits(data_root)) or "none"
@@ -129,6 +141,7 @@ class OwnRows(Task):
             )
         return self._kept_rows(split, data_root)
 
+    @override
     def cut_from_train(self, data_root: str | None) -> dict[str, int]:
         splits = self._kept_splits(data_root)
         # Who gives validation rows and no test rows has perhaps put them away.
@@ -136,6 +149,7 @@ class OwnRows(Task):
         cut = [split for split in missing if split not in splits]
         return {split: self.config.validation_from_train if split == "validation" else 0 for split in cut}
 
+    @override
     def ties(self, row: DataRow, number: int) -> list[str]:
         """Rows with the same prompt stay in one split, and rows of one cluster."""
         value = row.fields.get(self.config.cluster or "")
@@ -193,6 +207,7 @@ class OwnRows(Task):
 
     # From a row to an example.
 
+    @override
     def example(self, row: DataRow, id: str) -> Example:
         config = self.config
         if config.messages is not None:
@@ -269,6 +284,7 @@ class OwnRows(Task):
 
     # Scores.
 
+    @override
     def score(self, output: Any, example: Example) -> dict[str, Score]:
         if example.choices:
             return self._choice_scores(output, example)
@@ -292,9 +308,11 @@ class OwnRows(Task):
         accuracies = choice_accuracies(log_likelihoods, lengths, int(example.references[0]))
         return {name: value for name, value in zip(CHOSEN, accuracies, strict=True) if name in self.metrics}
 
+    @override
     def corpus_score(self, metric: str, statistics: Any) -> float:
         return corpus_score(metric, statistics)
 
+    @override
     def signatures(self) -> dict[str, str]:
         found = dict.fromkeys([name for name in self.metrics if name in ROUGES], rouge_signature(False))
         found |= {name: corpus_signature(name) for name in self.corpus_metrics}
