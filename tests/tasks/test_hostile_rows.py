@@ -48,6 +48,12 @@ def test_a_wrong_row_is_named_by_file_and_line(what, tmp_path):
         load_examples(task_option("gsm8k"), "test", str(tmp_path))
 
 
+def test_an_id_of_all_train_rows_is_named_before_rows_are_cut_for_validation(tmp_path):
+    write(tmp_path, "gsm8k", b"".join(line(question=f"q{number}", id="same") for number in range(5)), split="train")
+    with refused("train.jsonl:2: the id 'same' was used before, at", tmp_path):
+        load_examples(task_option("gsm8k"), "validation", str(tmp_path))
+
+
 def test_rows_whose_ids_are_null_have_their_numbers(tmp_path):
     write(tmp_path, "gsm8k", line(id=None) + line(id=None))
     assert [example.id for example in load_examples(task_option("gsm8k"), "test", str(tmp_path))] == ["0", "1"]
@@ -64,6 +70,8 @@ def test_hostile_texts_that_are_rows_train_and_score(tmp_path, tiny_run):
         assert len(rows_of(folder_of(config), "validation")) == 8
 
 
+# Python 3.11 warns of a bound that is no whole number, and 3.12 refuses it.
+@pytest.mark.filterwarnings("ignore:randrange:DeprecationWarning")
 def test_wrong_options_of_generated_rows_are_refused():
     for override, says in (
         ("task.options.rows=3", "rows and parameters must be mappings"),

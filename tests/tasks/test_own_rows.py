@@ -17,10 +17,10 @@ from helpers.tiny import folder_of, rows_of, tiny
 
 from tiedlora.config import compose
 from tiedlora.config.identity import run_id
-from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import SCORED_SPLITS, SPLITS
 from tiedlora.data.encoding import Encoder
 from tiedlora.export.study_records import export_record
+from tiedlora.places import PROJECT
 from tiedlora.records.provenance import git
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs.verify import verify
@@ -123,7 +123,8 @@ def test_the_id_has_the_rows_and_not_their_place(tickets, tmp_path):
     assert id_of(given) == id_of(given, "task.cluster=page")
 
 
-def test_the_recorded_command_gives_the_same_run_and_a_published_one_has_no_folder(tickets, tmp_path, finish):
+@pytest.mark.usefixtures("tickets")
+def test_the_recorded_command_gives_the_same_run_and_a_published_one_has_no_folder(tmp_path, finish):
     config = compose.compose_config(
         [*WORDS, *TINY, "task.files=tickets.csv", "task.name=tickets", "task.cluster=page", "score.splits=[]"]
     )
@@ -251,7 +252,8 @@ def test_scores_are_those_of_the_built_in_tasks():
         assert [*chosen.score(output, ours).values()] == [*built_in("hellaswag").score(output, theirs).values()]
 
 
-def test_a_subclass_has_files_and_templates_and_scores_of_its_own(tickets):
+@pytest.mark.usefixtures("tickets")
+def test_a_subclass_has_files_and_templates_and_scores_of_its_own():
     class Shorter(OwnRows):
         metrics = ("shorter",)
 

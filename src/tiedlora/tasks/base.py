@@ -24,7 +24,13 @@ from tiedlora.text import nearest
 
 Score = float | list[float]
 """A number in [0, 1], or the statistics of one output. A corpus-level metric comes from their sum over outputs."""
-OF_OWN_ROWS = {"files": RowFiles(), "messages": None, "metrics": [], "normalise": "strip", "choices": None}
+OF_OWN_ROWS: dict[str, Any] = {
+    "files": RowFiles(),
+    "messages": None,
+    "metrics": [],
+    "normalise": "strip",
+    "choices": None,
+}
 """The keys of task=rows, with their defaults."""
 
 

@@ -98,6 +98,8 @@ def _split_rows(task: Task, split: str, data_root: str | None) -> list[DataRow]:
     if not cut or split not in ("train", *cut):
         return task.rows(split, data_root)
     rows = task.rows("train", data_root)
+    # An id that many rows have would be one group, and the message about its size would mislead.
+    _ids(task, rows)
     groups = _groups(task, rows)
     order = list(dict.fromkeys(groups))
     counts = {name: count or min(MOST_CUT, max(1, len(order) // 10)) for name, count in cut.items()}
@@ -110,7 +112,8 @@ def _split_rows(task: Task, split: str, data_root: str | None) -> list[DataRow]:
             "are cut from them; add rows"
         )
     random.Random(f"carve/{task.config.split_seed}").shuffle(order)
-    split_of, start = {}, 0
+    split_of: dict[int, str] = {}
+    start = 0
     for name, count in counts.items():
         split_of |= dict.fromkeys(order[start : start + count], name)
         start += count
@@ -173,14 +176,7 @@ def _scored_prompts(task: Task, data_root: str | None) -> set[str]:
 def _examples(task: Task, rows: list[DataRow]) -> Iterator[Example]:
     """One example for each group of rows, in the order of their first rows, with the references of all its rows."""
     groups: dict[str, list[tuple[str, DataRow]]] = {}
-    places: dict[str, str] = {}
-    for number, row in enumerate(rows):
-        id = task.row_id(row, number)
-        if not id.strip():
-            raise UserError(f"{row.where}: the id is empty; give each row its own, or leave the field out")
-        if id in places:
-            raise UserError(f"{row.where}: the id '{id}' was used before, at {places[id]}; make ids unique")
-        places[id] = row.where
+    for id, row in zip(_ids(task, rows), rows, strict=True):
         groups.setdefault(task.group_id(id), []).append((id, row))
     for group_id, group in groups.items():
         (first_id, first_row), *others = group
@@ -191,6 +187,19 @@ def _examples(task: Task, rows: list[DataRow]) -> Iterator[Example]:
                 raise UserError(f"{row.where}: is grouped with {first_row.where} by its id, but its prompt differs")
             example = replace(example, references=example.references + other.references)
         yield example
+
+
+def _ids(task: Task, rows: Sequence[DataRow]) -> list[str]:
+    """The id of each row. Raises UserError if one is empty or was used before."""
+    places: dict[str, str] = {}
+    for number, row in enumerate(rows):
+        id = task.row_id(row, number)
+        if not id.strip():
+            raise UserError(f"{row.where}: the id is empty; give each row its own, or leave the field out")
+        if id in places:
+            raise UserError(f"{row.where}: the id '{id}' was used before, at {places[id]}; make ids unique")
+        places[id] = row.where
+    return list(places)
 
 
 def _checked_example(task: Task, row: DataRow, id: str) -> Example:

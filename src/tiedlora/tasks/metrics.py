@@ -104,7 +104,7 @@ def _sacrebleu(name: str) -> BLEU | CHRF:
     from sacrebleu.metrics.bleu import BLEU  # noqa: PLC0415
     from sacrebleu.metrics.chrf import CHRF  # noqa: PLC0415
 
-    return {"bleu": BLEU, "chrf": CHRF}[name]()
+    return BLEU() if name == "bleu" else CHRF()
 
 
 def corpus_counts(name: str, output: str, references: Sequence[str]) -> list[float]:
