@@ -6,6 +6,7 @@ It imports nothing that takes time, so that --help answers at once.
 from __future__ import annotations
 
 import importlib
+import resource
 import sys
 
 import tiedlora
@@ -29,6 +30,10 @@ COMMANDS = {
     "gpu": ("tests and measurements on a GPU (needs a checkout)", "--rehearse"),
 }
 """Name, which is that of the module in commands/ -> what it does, and the words of an example."""
+LOADS_MODELS = ("train", "generate", "score", "export", "verify")
+"""Commands that import torch and load a model."""
+LEAST_ADDRESS_SPACE = 1_200_000 * 1024
+"""Bytes. With less (`ulimit -v`), torch or another library ends the process while it is imported, without a message."""
 STOPS_AT_ONCE = ("train", "score", "study")
 """Commands that a signal ends with the code of a stop from their first moment on, and not only Ctrl-C."""
 
@@ -64,7 +69,23 @@ def start(name: str, words: list[str]) -> None:
         # Before the import, which takes seconds.
         signals.end_at_once()
     with errors.exit_codes():
+        if name in LOADS_MODELS:
+            check_address_space()
         importlib.import_module(f"tiedlora.commands.{name}").main(words)
+
+
+def check_address_space() -> None:
+    """Refuse a limit under which the libraries cannot be imported.
+
+    Raises:
+        UserError: naming the limit.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < LEAST_ADDRESS_SPACE:
+        raise UserError(
+            f"ulimit -v {limit // 1024}: torch and its libraries alone need {LEAST_ADDRESS_SPACE // 1024}, and a model "
+            "needs more; raise it (`ulimit -v unlimited`)"
+        )
 
 
 def overview() -> str:

@@ -46,10 +46,7 @@ _NO_MEMORY = (
     "not enough memory",
     "ALLOC_FAILED",
     "bad_alloc",
-    # While libraries are imported.
-    "failed to map segment",
     "Cannot allocate memory",
-    "error return without exception set",  # Python's own
     "could not create a primitive",  # a product of oneDNN
 )
 

@@ -389,12 +389,11 @@ def test_each_file_of_a_model_is_hashed_once(chatting, tmp_path, monkeypatch):
     assert "model.safetensors" in hashed
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kibibytes", [500_000, 600_000, 700_000])
+@pytest.mark.parametrize("kibibytes", [600_000, 1_000_000])
 def test_too_little_memory_for_the_libraries_is_one_line(kibibytes, tiny_run):
-    """Under `ulimit -v`, torch or scipy fails while it is imported."""
+    """Under such a limit, a library ends the process while it is imported, each time another one."""
     command = 'ulimit -v "$0" && exec "$@"'
     ended = processes.run(["bash", "-c", command, str(kibibytes), sys.executable, "train.py", *tiny_run()], cwd=PROJECT)
     assert ended.returncode == 2
-    assert ended.stderr.startswith("error: out of memory while loading")
+    assert ended.stderr.startswith(f"error: ulimit -v {kibibytes}: torch and its libraries alone need")
     assert ended.stderr.count("\n") == 1
