@@ -149,6 +149,15 @@ def tiny_run(tmp_path: Path):
     return overrides
 
 
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of the project."""
+    folder = tmp_path_factory.mktemp("dist")
+    processes.run_python("-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=PROJECT, check=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
 @pytest.fixture
 def tiny_config(tiny_run):
     def build(*more: str, task: str = "chain_sum") -> Config:

