@@ -98,11 +98,11 @@ def test_help_and_messages_name_commands_as_this_one_was_called(called, script, 
     assert "; scripts/study.py run study makes them" in errors[1]
 
 
-def test_a_launcher_of_processes_gets_a_module(monkeypatch):
-    text = "Start torchrun --nproc-per-node N train.py ..., or `python train.py --cfg job`"
+def test_a_launcher_of_processes_gets_a_module_and_a_persons_file_keeps_its_name(monkeypatch):
+    text = "my/train.py: start torchrun --nproc-per-node N train.py ..., or `python train.py --cfg job`"
     monkeypatch.setattr(sys, "argv", ["tiedlora train"])
     assert console.errors.as_called(text) == (
-        "Start torchrun --nproc-per-node N -m tiedlora train ..., or `tiedlora train --cfg job`"
+        "my/train.py: start torchrun --nproc-per-node N -m tiedlora train ..., or `tiedlora train --cfg job`"
     )
 
 

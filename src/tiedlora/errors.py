@@ -93,7 +93,7 @@ def as_called(text: str) -> str:
         return text
     # torchrun starts a file or a module, and no command.
     text = re.sub(r"(torchrun [^`;.]*)\btrain\.py\b", rf"\1-m {CONSOLE} train", text)
-    return re.sub(r"(?:python\s+)?(?:scripts/(\w+)|(train))\.py\b", rf"{CONSOLE} \1\2", text)
+    return re.sub(r"(?<![\w./-])(?:python\s+)?(?:scripts/(\w+)|(train))\.py\b", rf"{CONSOLE} \1\2", text)
 
 
 @contextmanager
