@@ -17,10 +17,6 @@ from helpers.tiny import folder_of, rows_of, tiny
 
 from tiedlora.config import compose
 from tiedlora.config.identity import run_id
-<<<<<<< HEAD
-=======
-from tiedlora.places import PROJECT
->>>>>>> 3bab37ea (The pages of the command tiedlora; the notebook runs from the installed package)
 from tiedlora.config.schema import SCORED_SPLITS, SPLITS
 from tiedlora.data.encoding import Encoder
 from tiedlora.export.study_records import export_record
