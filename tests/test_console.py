@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -111,7 +110,3 @@ def test_measurements_on_a_gpu_need_a_checkout(called, monkeypatch):
     code, out, err = called("gpu")
     assert (code, out) == (MISTAKE, "")
     assert "is an installed package; clone it" in err
-
-
-def test_this_process_has_the_package_of_the_checkout():
-    assert Path(tiedlora.__file__).is_relative_to(PROJECT)

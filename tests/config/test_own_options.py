@@ -37,6 +37,15 @@ def test_one_with_the_name_of_another_is_refused_because_it_would_not_be_taken(o
         compose_config([])
 
 
+@pytest.mark.parametrize("flag", [["--config-dir", "options"], ["--config-dir=options", "--multirun"]])
+def test_so_is_one_of_a_folder_that_the_command_names(flag, tmp_path, monkeypatch, script):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "options" / "tying").mkdir(parents=True)
+    (tmp_path / "options" / "tying" / "TB.yaml").write_text("name: TB\n")
+    says = "error: options/tying/TB.yaml: tying=TB is an option of tiedlora; give this one another name\n"
+    assert script("train.py", *flag, "seed=0") == (2, "", says)
+
+
 def test_an_option_of_ones_own_may_be_broken(own):
     (own / "tying" / "mine.yaml").write_text("name: [")
     with pytest.raises(UserError, match="is not readable YAML"):

@@ -1,7 +1,9 @@
 """python train.py [tying=TABuv] [task=gsm8k] [rank=r8] [train.lr=3e-3] ...: one run; with --multirun, many runs."""
 
+import argparse
 import os
 import sys
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -26,6 +28,10 @@ def composed_run(composed: DictConfig) -> None:
 
 def main(words: list[str]) -> None:
     compose.register()
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--config-dir", "-cd", type=Path)
+    if own := flags.parse_known_args(words)[0].config_dir:
+        compose.check_names(own)
     # With this, Hydra raises errors that it would print in many lines, and readable_errors makes one line of them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Hydra reads them from there.

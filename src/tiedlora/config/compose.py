@@ -97,16 +97,21 @@ def option_folders() -> list[str]:
     """Where Hydra looks for options that are not in conf/: grids, and options of one's own, as its search path.
 
     Raises:
-        UserError: an option of the working folder has the name of another one, which Hydra would take.
+        UserError: as check_names.
     """
     folders = [DATA / "sweeps"]
     if own := own_options():
-        _check_names(own)
+        check_names(own)
         folders.append(own)
     return [f"file://{folder}" for folder in folders]
 
 
-def _check_names(own: Path) -> None:
+def check_names(own: Path) -> None:
+    """Check that a folder of options of one's own has none with the name of another one, which Hydra would take.
+
+    Raises:
+        UserError: it has one with other values.
+    """
     for file in sorted(own.glob("*/**/*.yaml")):
         name = file.relative_to(own)
         if (other := CONF / name).is_file() and other.read_bytes() != file.read_bytes():
