@@ -159,11 +159,7 @@ class Comparison:
             estimate = estimate.over_rows(table, self._blended(tables), clusters)
         except NotComparable as why:
             notes.append(f"no interval over examples: {why}")
-        commits = [{code.commit or code.short for run in own for code in run.record.code_versions} for own in runs]
-        if any(own != commits[0] for own in commits):
-            notes.append("made by another commit")
-        if other_ends(runs, measure):
-            notes.append(OTHER_ENDS)
+        notes += unlike(runs, measure)
         common = len(self.matched.seeds)
         if common < max(len(group.runs) for group in (self.method, *self.comparator.groups)):
             notes.append(f"{counted(common, 'seed')} in common")
@@ -215,6 +211,13 @@ def compare_planned(
     except NotComparable:
         return compare(method, comparator, measure, book, floor=floor, among=planned)
     return comparison
+
+
+def unlike(arms: Sequence[Sequence[Run]], measure: Measure) -> list[str]:
+    """Notes on what differs between the runs of some arms beside what is compared."""
+    commits = [{code.commit or code.short for run in own for code in run.record.code_versions} for own in arms]
+    notes = ["made by another commit"] if any(own != commits[0] for own in commits) else []
+    return [*notes, OTHER_ENDS] if other_ends(arms, measure) else notes
 
 
 def other_ends(arms: Iterable[Iterable[Run]], measure: Measure) -> bool:

@@ -5,6 +5,8 @@
 - training's randomness, on exactly these rows: `seeds_interval`;
 - both, as a verdict needs: `both_interval`, from `mean_squares`, which accepts leading axes for simulations.
 
+`mcnemar` and `level_of` are the tests of a paired difference, and `smallest_shown` says what they can find.
+
 Where rows come in clusters, such as the questions about one article, the clusters are the random sample and not their
 rows: every interval over rows takes their numbers (`clusters`), and those of one run become `clustered_mean`.
 
@@ -266,9 +268,15 @@ def clustered_mean(values: Array, clusters: Clusters, limits: tuple[float, float
         limits: the smallest and the largest possible mean, which the interval does not leave.
     """
     mean, (lowest, highest) = float(values.mean()), limits
-    error = math.sqrt(float(clusters.variance(clusters.sums(values - mean))))
-    half = _t_quantile(1 - LEVEL, clusters.freedom) * error
+    half = _t_quantile(1 - LEVEL, clusters.freedom) * _error_of_mean(values, clusters)
     return Interval(mean, max(lowest, mean - half), min(highest, mean + half), "clusters")
+
+
+def _error_of_mean(values: Array, clusters: Clusters | None) -> float:
+    """The standard error of the mean of one number per row, (rows,), over the choice of rows or of clusters."""
+    if clusters is None:
+        return float(values.std(ddof=1)) / math.sqrt(len(values))
+    return math.sqrt(float(clusters.variance(clusters.sums(values - values.mean()))))
 
 
 # Seeds and rows, crossed.
@@ -379,6 +387,73 @@ def level_above(values: Array, clusters: Clusters | None = None) -> float:
     if excess(smallest) < 0:
         return 0.0
     return math.exp(optimize.brentq(excess, smallest, 0.0, xtol=1e-10))
+
+
+# How sure a paired difference is, and what its rows can show.
+
+POWER = 0.8
+"""The chance with which a test finds the smallest difference that it is said to show."""
+
+
+def mcnemar(ours: Array, theirs: Array) -> float:
+    """The p-value of McNemar's exact test: a binomial test of the rows on which the two sides differ.
+
+    Args:
+        ours, theirs: (rows,), 0 or 1 each, of the same rows, which are independent.
+    """
+    differing = int((ours != theirs).sum())
+    return float(stats.binomtest(int((ours > theirs).sum()), differing).pvalue) if differing else 1.0
+
+
+def smallest_shown_by_mcnemar(ours: Array, theirs: Array) -> float | None:
+    """The smallest difference of two proportions that `mcnemar` shows with POWER, if so many rows differ as here.
+
+    Returns:
+        None if the test cannot reach the level, because fewer than six rows differ.
+    """
+    differing = int((ours != theirs).sum())
+    needed = int(stats.binom.isf((1 - LEVEL) / 2, differing, 0.5)) + 1
+    if needed > differing:
+        return None
+    # The chance of `needed` or more of n is a beta distribution's, as a function of the chance of one.
+    chance = float(stats.beta.ppf(POWER, needed, differing - needed + 1))
+    return (2 * chance - 1) * differing / len(ours)
+
+
+def level_of(differences: Array, clusters: Clusters | None = None) -> float:
+    """The two-sided level at which the interval of the mean ends at 0: the p-value of a mean difference.
+
+    Of one seed, the interval is t over rows or clusters; of several, that over seeds and rows.
+
+    Args:
+        differences: (seeds, rows), with at least two rows.
+    """
+    if len(differences) > 1:
+        return min(level_above(differences, clusters), level_above(-differences, clusters))
+    (values,) = differences
+    mean, error = abs(float(values.mean())), _error_of_mean(values, clusters)
+    count, freedom = (len(values), len(values) - 1) if clusters is None else (len(clusters.sizes), clusters.freedom)
+    if mean < ROUNDING:
+        return 1.0
+    level = 2 * float(stats.t.sf(mean / error, freedom)) if error > ROUNDING else 0.0
+    # No test by the signs of so many rows has a smaller one. It counts where all rows differ by the same.
+    return max(level, 2.0 ** (1 - count))
+
+
+def smallest_shown(differences: Array, clusters: Clusters | None = None) -> float:
+    """The smallest mean difference that `level_of` shows at 5 % with POWER, if rows and seeds vary as here.
+
+    It is half the width of the 95 % interval, and as much again as the estimate stays above its lower end with POWER.
+
+    Args:
+        differences: (seeds, rows), with at least two rows.
+    """
+    levels = (1 - LEVEL, 2 * (1 - POWER))
+    if len(differences) > 1:
+        squares = mean_squares(differences, clusters)
+        return float(sum(squares.half_width(level) for level in levels))
+    freedom = differences.shape[1] - 1 if clusters is None else clusters.freedom
+    return sum(_t_quantile(level, freedom) for level in levels) * _error_of_mean(differences[0], clusters)
 
 
 # The losses of rows.

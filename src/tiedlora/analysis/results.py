@@ -233,10 +233,7 @@ def _notes_on_clusters(runs: Sequence[Run], measure: Measure, book: Scorebook) -
         read = max((book.read(run, measure.split, measure.kind, False) for run in runs), key=lambda r: r.named_clusters)
     except NotComparable:
         return []
-    if read.clusters is not None:
-        return [f"rows in {len(read.clusters.sizes)} clusters, which intervals take as the sample"]
-    few = read.named_clusters
-    return [f"rows of only {counted(few, 'cluster')}: intervals hold for these alone"] if few else []
+    return [read.note_on_clusters] if read.note_on_clusters else []
 
 
 def _against(

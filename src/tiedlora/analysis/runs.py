@@ -31,6 +31,7 @@ from tiedlora.records.run_record import RunRecord, read_record
 from tiedlora.records.scores import Kind, RunScores, kind_of, read_run_scores, read_scores
 from tiedlora.records.selection import LOSS, SELECTION_FILE, Selection, read_selection
 from tiedlora.tasks import NoSuchTask, load_task
+from tiedlora.text import counted
 
 PART_OF_A_RUN = (
     "result.json",
@@ -318,6 +319,25 @@ class RowScores:
     named_clusters: int
     """How many clusters the rows name; 0 if each row has its own."""
 
+    @classmethod
+    def of(
+        cls, ids: Iterable[str], of_metric: dict[str, Array], unreadable: dict[str, str], names: Sequence[str]
+    ) -> RowScores:
+        """Args:
+        names: each row's cluster; empty if it stands alone.
+        """
+        named = set(names) - {""}
+        shared = len(named) if len(named) < len(names) - names.count("") else 0
+        return cls(tuple(ids), of_metric, unreadable, Clusters.of(names), shared)
+
+    @property
+    def note_on_clusters(self) -> str:
+        """Whether the rows come in clusters, for the reader; empty if they do not."""
+        if self.clusters is not None:
+            return f"rows in {len(self.clusters.sizes)} clusters, which intervals take as the sample"
+        few = self.named_clusters
+        return f"rows of only {counted(few, 'cluster')}: intervals hold for these alone" if few else ""
+
 
 class Scorebook:
     """The scores of runs for each example. Each file is read once."""
@@ -394,9 +414,7 @@ def _read(run: Run, split: str, kind: Kind, base: bool) -> RowScores:
             unreadable[metric] = f"{run.run_id}: scores of {metric} on {split} cannot be read ({error!r:.60})"
     listed = _listed_clusters(run.path.absolute().parent.parent / study_files.CLUSTERS).get(run.task, {})
     names = [row.cluster or listed.get(row.id, "") for row in rows]
-    named = set(names) - {""}
-    shared = len(named) if len(named) < len(names) - names.count("") else 0
-    return RowScores(tuple(row.id for row in rows), values, unreadable, Clusters.of(names), shared)
+    return RowScores.of((row.id for row in rows), values, unreadable, names)
 
 
 @functools.lru_cache(maxsize=8)

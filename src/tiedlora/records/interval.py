@@ -31,6 +31,8 @@ class Unit(Enum):
 
     POINTS = (100, 1, "points of 100")
     NATS = (1, 3, "nats")
+    PLAIN = (1, 3, "the metric's own unit")
+    """Of a metric of another program whose values are not all within [-1, 1]."""
 
     def __init__(self, factor: int, decimals: int, words: str) -> None:
         self.factor, self.decimals, self.words = factor, decimals, words
