@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -151,14 +151,20 @@ def compare_sides(
     """
     if twice := {path.resolve() for path in a.paths} & {path.resolve() for path in b.paths}:
         raise UserError(f"{min(twice)}: is in A and in B; give two that differ")
-    tests, book = [], Scorebook()
+    tests, book, offered = [], Scorebook(), dict[str, None]()
     for task, first, second in _common_tasks(a, b):
         ours, theirs, notes = _paired(task, second, first)
         chosen = _split([output for output in (*theirs, *ours) if isinstance(output, Run)], split)
-        compared, others = _metrics(task, (a.name, theirs), (b.name, ours), chosen, metrics)
-        notes += [f"other metrics: {listed(others)} (--metric)"] if others and not metrics else []
+        compared, common = _metrics(task, (a.name, theirs), (b.name, ours), chosen, metrics)
+        offered |= dict.fromkeys(common)
+        if not metrics and len(common) > 1:
+            notes.append(f"other metrics: {listed(common[1:])} (--metric)")
         for metric in compared:
             tests.append(_test(task, Measure(chosen, metric), ours, theirs, notes, lower, book))
+    if absent := [metric for metric in metrics if all(test.metric != metric for test in tests)]:
+        every = (output for side in (a, b) for outputs in side.tasks.values() for output in outputs)
+        why = f"no such metric{nearest(absent[0], offered)}; A and B have {listed(offered)}"
+        raise UserError(f"--metric {absent[0]}: {_unreadable(absent[0], every) or why}")
     return [replace(test, holds=holds) for test, holds in zip(tests, rules.holm([t.p for t in tests]), strict=True)]
 
 
@@ -219,32 +225,34 @@ def _metrics(
     split: str,
     wanted: Sequence[str],
 ) -> tuple[list[str], list[str]]:
-    """The metrics of a task that are compared, and the others that all outputs have."""
+    """The metrics of a task that are compared, and those that all outputs have."""
     where = "".join([f" of {task}" if task else "", f" on {split}" if split else ""])
     lists = [(name, output, _names(output, split)) for name, outputs in (a, b) for output in outputs]
     common = [metric for metric in lists[0][2] if all(metric in names for _, _, names in lists)]
-    chosen = [metric for metric in wanted if any(metric in names for _, _, names in lists)] if wanted else common[:1]
-    for metric in chosen if wanted else []:
-        for name, output, names in lists:
+    if wanted:
+        chosen = [metric for metric in wanted if any(metric in names for _, _, names in lists)]
+        for metric, (name, output, names) in itertools.product(chosen, lists):
             if metric not in names:
-                raise UserError(_lacks(metric, name, output, names, where))
-    if not chosen:
+                why = (
+                    _unreadable(metric, [output]) or f"{output.path} has no such metric{where}; it has {listed(names)}"
+                )
+                raise UserError(f"--metric {metric}: {name}: {why}")
+        return chosen, common
+    if not common:
         described = "; ".join(dict.fromkeys(f"{name} has {listed(names)}" for name, _, names in lists))
-        if wanted:
-            name, output, names = lists[0]
-            raise UserError(_lacks(wanted[0], name, output, names, where))
-        why = next((w for _, o, _ in lists if isinstance(o, RowFile) for w in o.rows.unreadable.values()), "")
+        files = [output for _, output, _ in lists if isinstance(output, RowFile)]
+        why = next((why for file in files for why in file.rows.unreadable.values()), "")
         raise UserError(f"no metric in common{where}: {described}{f' ({why})' if why else ''}")
     says = all(isinstance(output, Run) or output.says_metrics for _, output, _ in lists)
-    if not wanted and not says and len(common) > 1:
+    if not says and len(common) > 1:
         raise UserError(f"--metric: the rows have {listed(common)}; say which of them is the score")
-    return chosen, [metric for metric in common if metric not in chosen]
+    return common[:1], common
 
 
-def _lacks(metric: str, name: str, output: Output, names: Sequence[str], where: str) -> str:
-    unreadable = output.rows.unreadable.get(metric) if isinstance(output, RowFile) else None
-    why = unreadable or f"{output.path} has no such metric{where}{nearest(metric, names)}; it has {listed(names)}"
-    return f"--metric {metric}: {name}: {why}"
+def _unreadable(metric: str, outputs: Iterable[Output]) -> str:
+    """Why files have no numbers for a metric that they name; empty if they do not name it."""
+    files = (output for output in outputs if isinstance(output, RowFile))
+    return next((file.rows.unreadable[metric] for file in files if metric in file.rows.unreadable), "")
 
 
 def _scored(output: Output, measure: Measure, book: Scorebook) -> tuple[RowScores, Array, float]:
@@ -294,7 +302,8 @@ def _places(first: Output, ids: Sequence[str], output: Output, own: Sequence[str
     place = {name: number for number, name in enumerate(own)}
     if missing := [name for name in ids if name not in place]:
         raise _other_rows(output, first, missing)
-    if missing := list(place.keys() - set(ids)):
+    known = set(ids)
+    if missing := [name for name in own if name not in known]:
         raise _other_rows(first, output, missing)
     return np.array([place[name] for name in ids])
 
