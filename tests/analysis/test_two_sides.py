@@ -305,7 +305,9 @@ def test_it_loads_no_torch_and_prints_text_markdown_and_json(script):
     code, markdown, _ = script("scripts/compare.py", *words, "--format", "markdown")
     found = json.loads(script("scripts/compare.py", *words, "--format", "json")[1])
     assert code == 0
-    assert "B is better in 1, worse in 0." in "\n".join(text)
+    document = (PROJECT / "docs" / "compare.md").read_text()
+    shown = "\n".join(text).replace(f"{PROJECT}/", "")
+    assert "\n".join(f"    {line}".rstrip() for line in shown.splitlines()) in document
     assert sum(line.startswith("| ") for line in markdown.splitlines()) == 4
     assert [(t["task"], t["B_is"], t["p"]) for t in found["tests"]][1] == ("sums_written", "better", 2 / 2**12)
     assert f"{100 * found['tests'][0]['difference']:+.1f}" in markdown

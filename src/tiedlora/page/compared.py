@@ -87,21 +87,20 @@ def p_in_words(p: float) -> str:
 
 
 def _described(side: Side) -> str:
-    paths = ", ".join(map(str, side.paths))
+    more = f" and {len(side.paths) - 1} more" if len(side.paths) > 1 else ""
+    paths = f"{side.paths[0]}{more}"
     return visible(f"{side.name}: {f'{side.label} ({paths})' if side.label else paths}")
 
 
 def _sentence(test: PairedTest) -> str:
     interval, unit = test.difference.widest, test.unit
     said = {"better": "B is better than A", "worse": "B is worse than A", "not shown": "no difference is shown"}
-    p = p_in_words(test.p)
-    how = f"B - A is {unit.text(interval, '+')} {unit.words}; {test.test}, p {p if p[0] == '<' else f'= {p}'}"
+    how = f"{unit.text(interval, '+')} {unit.words}, {test.test}"
     if test.alone is not None:
         how += f" ({counted(test.alone[1], 'row')} right in B alone, {test.alone[0]:,} in A alone)"
     shown = ""
     if test.smallest is not None:
-        size = f"{unit.number(test.smallest)} {unit.words}"
-        shown = f" So many rows show a difference of {size} with a chance of 80 %."
+        shown = f" Such a test shows a difference of {unit.number(test.smallest)} with a chance of 80 %."
     return f"{said[test.answer]}: {how}.{shown}"
 
 
