@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -347,7 +348,8 @@ MISTAKES = {
     "a cluster of a run": ("run a.jsonl --cluster article", "is of runs, which name their clusters themselves"),
     "another split": ("run run2 --split test", "no metric in common of chain_sum on test"),
     "two arms on a side": ("--a run arm --b run2", "A: a side is one arm, and run has"),
-    "a seed twice": ("--a run run --b run2", "A: seed 0 is there twice"),
+    "a seed twice": ("--a run copy --b run2", "A: seed 0 is there twice, run and copy; give one of them"),
+    "a file twice": ("--a a.jsonl a.jsonl --b c1.jsonl c2.jsonl", "A: a.jsonl is there twice; give each seed once"),
     "other numbers of seeds": ("--a a.jsonl b.jsonl --b c1.jsonl c2.jsonl c3.jsonl", "A has 2 outputs and B has 3"),
     "other rows of a run": ("run rows", "were scored on other rows, or with other prompts"),
     "one row": ("one.jsonl one2.jsonl", "has one row, and an interval needs two"),
@@ -383,6 +385,7 @@ def place(tmp_path, monkeypatch):
         write_run(Path("made"), record)
         score_run(Path("made"), record, "validation", prediction_rows(GOOD[:count]))
         (Path("made") / record.run_id).rename(name)
+    shutil.copytree("run", "copy")
     file = Path("rows/scores/validation.answers.jsonl")
     head, rest = file.read_text().split("\n", 1)
     file.write_text(json.dumps({**json.loads(head), "digest": "other"}) + "\n" + rest)

@@ -98,10 +98,13 @@ def read_side(name: str, paths: Sequence[Path], cluster: str | None = None) -> S
         cluster: as for `read_row_file`.
 
     Raises:
-        UserError: a path holds no scores, or a damaged one; or the runs of a task are not one arm with one run a seed.
+        UserError: a path holds no scores, or damaged ones, or is there twice; or the runs of a task are not one arm with
+            one run a seed.
     """
     tasks: dict[str, list[Output]] = {}
-    for path in paths:
+    for number, path in enumerate(paths):
+        if path.resolve() in [before.resolve() for before in paths[:number]]:
+            raise UserError(f"{name}: {path} is there twice; give each seed once")
         for output in _read(path, cluster):
             tasks.setdefault(output.task, []).append(output)
     for outputs in tasks.values():
@@ -233,10 +236,8 @@ def _metrics(
         chosen = [metric for metric in wanted if any(metric in names for _, _, names in lists)]
         for metric, (name, output, names) in itertools.product(chosen, lists):
             if metric not in names:
-                why = (
-                    _unreadable(metric, [output]) or f"{output.path} has no such metric{where}; it has {listed(names)}"
-                )
-                raise UserError(f"--metric {metric}: {name}: {why}")
+                why = f"{output.path} has no such metric{where}; it has {listed(names)}"
+                raise UserError(f"--metric {metric}: {name}: {_unreadable(metric, [output]) or why}")
         return chosen, common
     if not common:
         described = "; ".join(dict.fromkeys(f"{name} has {listed(names)}" for name, _, names in lists))

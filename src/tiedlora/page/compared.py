@@ -41,10 +41,9 @@ class Compared:
     def _around(self, table: str, mark: str) -> str:
         several = len(self.tests) > 1
         names = {id(test): " ".join(filter(None, (test.task, test.metric))) for test in self.tests}
-        lines = [mark + _described(side) for side in (self.a, self.b)]
-        lines += ["", table, ""]
-        lines += [mark + visible(f"{names[id(test)]}: {_sentence(test)}" if several else _sentence(test))
-                  for test in self.tests]  # fmt: skip
+        lines = [*(mark + _described(side) for side in (self.a, self.b)), "", table, ""]
+        for test in self.tests:
+            lines.append(mark + visible(f"{names[id(test)]}: {_sentence(test)}" if several else _sentence(test)))
         if several:
             better, worse = (sum(test.answer == answer for test in self.tests) for answer in ("better", "worse"))
             total = counted(len(self.tests), "test")
@@ -126,7 +125,7 @@ def _plain(test: PairedTest) -> dict[str, Any]:
         "only_B": None if test.alone is None else test.alone[1],
         "smallest_shown": test.smallest,
         "unit": "fractions of 1" if test.unit is Unit.POINTS else test.unit.words,
-        "holm": test.holds,
+        "shown": test.holds,
         "B_is": test.answer,
         "notes": list(test.notes),
     }
