@@ -98,8 +98,8 @@ def read_side(name: str, paths: Sequence[Path], cluster: str | None = None) -> S
         cluster: as for `read_row_file`.
 
     Raises:
-        UserError: a path holds no scores, or damaged ones, or is there twice; or the runs of a task are not one arm with
-            one run a seed.
+        UserError: a path holds no scores, or damaged ones, or is there twice; or the runs of a task are not one arm
+            with one run a seed.
     """
     tasks: dict[str, list[Output]] = {}
     for number, path in enumerate(paths):
