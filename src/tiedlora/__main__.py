@@ -22,6 +22,7 @@ COMMANDS = {
     "export": ("a finished run for other programs: PEFT, merged weights, a card", "RUN --to peft"),
     "verify": ("does a finished run agree with its record?", "RUN"),
     "report": ("tables, intervals, figures and claims of finished runs, as one page", "outputs --out report"),
+    "compare": ("is B better than A? Two runs, files of predictions, or outputs of lm_eval", "RUN_A RUN_B"),
     "sweep": ("what a sweep will cost, what it does now, what it chose", "plan tying=LoRA,TABuv seed=0,1"),
     "study": ("a planned comparison, and its records", "plan studies/NAME"),
     "params": ("trainable parameters of every configuration: no weights, no network", "model=llama2_7b rank=r8"),

@@ -20,7 +20,7 @@ from tiedlora.analysis.intervals import Clusters
 from tiedlora.analysis.row_files import read_row_file, read_samples
 from tiedlora.analysis.runs import Measure, Scorebook, read_runs, run_roots
 from tiedlora.analysis.two_sides import compare_sides, left_out, read_side
-from tiedlora.config.project import PROJECT
+from tiedlora.places import PROJECT
 
 HARNESS = PROJECT / "tests" / "fixtures" / "lm_eval"
 STUDY = PROJECT / "studies" / "reward-or-targets"
@@ -391,8 +391,9 @@ def place(tmp_path, monkeypatch):
     file.write_text(json.dumps({**json.loads(head), "digest": "other"}) + "\n" + rest)
 
 
+@pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("what", MISTAKES)
-def test_a_mistake_is_one_line(what, place, script):
+def test_a_mistake_is_one_line(what, script):
     line, says = MISTAKES[what]
     words = [
         str(HARNESS) + word.removeprefix("HARNESS") if word.startswith("HARNESS") else word

@@ -154,7 +154,7 @@ def compare_sides(
     """
     if twice := {path.resolve() for path in a.paths} & {path.resolve() for path in b.paths}:
         raise UserError(f"{min(twice)}: is in A and in B; give two that differ")
-    tests, book, offered = [], Scorebook(), dict[str, None]()
+    tests, book, offered = list[PairedTest](), Scorebook(), dict[str, None]()
     for task, first, second in _common_tasks(a, b):
         ours, theirs, notes = _paired(task, second, first)
         chosen = _split([output for output in (*theirs, *ours) if isinstance(output, Run)], split)
@@ -162,8 +162,7 @@ def compare_sides(
         offered |= dict.fromkeys(common)
         if not metrics and len(common) > 1:
             notes.append(f"other metrics: {listed(common[1:])} (--metric)")
-        for metric in compared:
-            tests.append(_test(task, Measure(chosen, metric), ours, theirs, notes, lower, book))
+        tests += [_test(task, Measure(chosen, metric), ours, theirs, notes, lower, book) for metric in compared]
     if absent := [metric for metric in metrics if all(test.metric != metric for test in tests)]:
         every = (output for side in (a, b) for outputs in side.tasks.values() for output in outputs)
         why = f"no such metric{nearest(absent[0], offered)}; A and B have {listed(offered)}"

@@ -41,9 +41,9 @@ class Compared:
     def _around(self, table: str, mark: str) -> str:
         several = len(self.tests) > 1
         names = {id(test): " ".join(filter(None, (test.task, test.metric))) for test in self.tests}
+        before = {id(test): f"{names[id(test)]}: " if several else "" for test in self.tests}
         lines = [*(mark + _described(side) for side in (self.a, self.b)), "", table, ""]
-        for test in self.tests:
-            lines.append(mark + visible(f"{names[id(test)]}: {_sentence(test)}" if several else _sentence(test)))
+        lines += [mark + visible(before[id(test)] + _sentence(test)) for test in self.tests]
         if several:
             better, worse = (sum(test.answer == answer for test in self.tests) for answer in ("better", "worse"))
             total = counted(len(self.tests), "test")
