@@ -14,6 +14,7 @@ from helpers.hostile import refused, snapshot
 from helpers.task_rows import GOOD, one_example
 from helpers.task_rows import task_option as built_in
 from helpers.tiny import folder_of, rows_of, tiny
+from tiedlora.config.project import PROJECT
 
 from tiedlora.config import compose
 from tiedlora.config.identity import run_id
@@ -112,8 +113,13 @@ def test_the_id_has_the_rows_and_not_their_place(tickets, tmp_path):
     assert id_of(file=copied) == id_of() == id_of(f"task.files={{train: {tickets}}}")
     assert id_of("task.prompt='{text}\nTopic:'") == id_of(), "\\n is a line feed"
     others = {
-        *("task.metrics=[token_f1]", "task.normalise=lower", "task.choices=[a,b]", "task.split_seed=1"),
-        *("task.cluster=page", f"task.files.test={copied}", "task.target={topic}".replace("{topic}", "'{topic}'")),
+        "task.metrics=[token_f1]",
+        "task.normalise=lower",
+        "task.choices=[a,b]",
+        "task.split_seed=1",
+        "task.cluster=page",
+        f"task.files.test={copied}",
+        "task.target={topic}".replace("{topic}", "'{topic}'"),
     }
     write_table(tmp_path / "there" / "more.csv", ROWS[:-1])
     ids = {*map(id_of, others), id_of(file=tmp_path / "there" / "more.csv")}
@@ -284,8 +290,10 @@ def test_answers_are_compared_in_a_form_by_name(form, same, other):
 def test_chat_messages_are_asked_with_the_chat_template():
     words = ("task.prompt=''", "task.target=''", "task.messages=m")
     turns = [
-        *({"role": "system", "content": "Be brief."}, {"role": "user", "content": "One?"}),
-        *({"role": "assistant", "content": "1"}, {"role": "user", "content": "Two?", "name": "Ann"}),
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "Two?", "name": "Ann"},
         {"role": "assistant", "content": "2"},
     ]
     task = own_task(*words)
