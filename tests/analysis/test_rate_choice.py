@@ -2,10 +2,14 @@
 
 from statistics import mean
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiedlora.analysis.rate_choice import RateTrial, choose_rate
+from tiedlora.analysis.intervals import both_interval, mean_loss, paired_difference
+from tiedlora.analysis.rate_choice import RateTrial, choose_rate, rate_contrast, regret_bound
+from tiedlora.records.rows import ValidationLosses
 
 LOSSES = st.sampled_from([0.5, 1.0, 1.5, 2.0])
 """Few values, so that ties are common."""
@@ -84,3 +88,45 @@ def test_if_every_rate_failed_there_is_a_choice_only_when_it_is_asked_for():
 def test_rates_without_a_shared_seed_are_compared_by_their_own_and_it_is_said():
     chosen = choose_rate([RateTrial(1e-3, {0: 1.0}), RateTrial(1e-2, {1: 0.5})])
     assert (chosen.lr, chosen.paired, chosen.seeds) == (1e-2, False, (1,))
+
+
+def test_a_rate_that_has_left_the_race_is_not_chosen_but_still_counts_as_tried():
+    trials = [trial(1, [1.0]), trial(2, [0.5, 0.9]), trial(3, [0.6, 0.7]), trial(4, [0.4], failed=[1])]
+    chosen = choose_rate(trials, among=[1, 2])
+    assert (chosen.lr, chosen.tried, chosen.usable) == (2, (1, 2, 3, 4), (1, 2))
+    assert choose_rate(trials, among=[4]).lr == 3, "those of the race have all failed"
+
+
+def runs(means, seeds=4, rows=40, noise=0.01) -> dict[float, dict[int, ValidationLosses]]:
+    """Rate -> seed -> losses around its mean. Rows have unequal numbers of tokens."""
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(1, 30, rows).tolist()
+
+    def losses(mean):
+        return ValidationLosses(64, (mean + generator.normal(0, noise, rows)).tolist(), tokens)
+
+    return {lr: {seed: losses(mean) for seed in range(seeds)} for lr, mean in means.items()}
+
+
+def test_the_contrast_of_two_rates_is_the_difference_of_their_losses_per_token_at_every_seed():
+    first, second = runs({1e-3: 1.2, 1e-2: 1.0}).values()
+    table = rate_contrast(first, {**second, 3: None, 7: first[0]})
+    expected = [mean_loss(first[seed]) - mean_loss(second[seed]) for seed in range(3)]
+    assert table.mean(1) == pytest.approx(expected, abs=1e-12), "only seeds that both have, with their files"
+    # With one seed twice, the interval over rows is that of a single pair.
+    twice = rate_contrast({0: first[0], 1: first[0]}, {0: second[0], 1: second[0]})
+    _, error = paired_difference(first[0], second[0])
+    assert twice.mean(0).std(ddof=1) / np.sqrt(40) == pytest.approx(error)
+    assert rate_contrast(first, {0: second[0]}) is None
+    with pytest.raises(ValueError, match="not those of the same rows"):
+        rate_contrast(first, {seed: ValidationLosses(64, [1.0, 2.0], [3, 4]) for seed in range(4)})
+
+
+def test_the_bound_of_the_regret_is_that_of_the_rate_that_may_be_best():
+    losses = runs({1e-3: 2.0, 3e-3: 1.0, 1e-2: 1.001})
+    bound = regret_bound(losses, 3e-3)
+    near = both_interval(rate_contrast(losses[3e-3], losses[1e-2]), 0.1)
+    assert (bound.nats, bound.rates, bound.seeds) == (near.high, 2, 4)
+    assert regret_bound(losses, 1e-3).nats > 0.99, "of a rate that is clearly the worst"
+    assert regret_bound(runs({1e-3: 2.0, 3e-3: 1.0}), 3e-3).nats == 0
+    assert regret_bound({3e-3: losses[3e-3], 1e-2: {0: losses[1e-2][0]}}, 3e-3) is None

@@ -34,8 +34,8 @@ claims:
 """
 
 
-def decide(sweep, claims: str, launcher: Here, budget: int | None = None) -> None:
-    rates = {"rungs": [0.5], "finalists": 2, "lowest_rate": 1e-3, "highest_rate": 0.1}
+def decide(sweep, claims: str, launcher: Here, budget: int | None = None, **options) -> None:
+    rates = {"rungs": [0.5], "finalists": 2, "lowest_rate": 1e-3, "highest_rate": 0.1, **options}
     run_deciding(sweep, DecidingOptions(claims=claims, budget=budget, **rates), launcher)
 
 
@@ -81,6 +81,19 @@ def test_a_decided_claim_takes_no_further_run_and_an_open_one_goes_on(swept, tmp
     decide(swept, far, again)
     assert again.goals == []
     assert times(outputs) == before, "it is printed from a read-only archive too"
+
+
+def test_rates_that_race_have_seeds_of_their_own_and_the_plan_names_them(swept, tmp_path):
+    launcher, claims = Here(), claims_file(tmp_path, 0.9)
+    decide(swept, claims, launcher, search_seeds=[20, 21, 22])
+    assert json.loads((swept.path / "plan.json").read_text())["search_seeds"] == [20, 21, 22]
+    assert seeds(launcher) >= {0, 1, 20, 21}
+    scored = {cell.config.seed for cell in launcher.cells if list(cell.folder.path.glob("scores/*"))}
+    assert scored == {0, 1}, "the looks' seeds alone are scored"
+    (verdict,) = verdicts(swept)
+    assert (verdict["verdict"], verdict["look"]) == ("contradicted", 1)
+    with pytest.raises(UserError, match="with other values of search_seeds"):
+        decide(swept, claims, Here(), search_seeds=[20, 21])
 
 
 def test_other_claims_than_the_planned_ones_are_refused(swept, tmp_path):

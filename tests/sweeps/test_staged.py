@@ -179,6 +179,9 @@ def test_a_rate_that_diverges_is_a_result_and_its_run_is_not_repeated(tiny_run, 
             r"hydra\.sweeper: rungs=\[0\.5, 0\.25\] must rise, each once, such as \[0\.25, 0\.5\]",
         ),
         ({"rungs": [0.5, 0.5]}, r"hydra\.sweeper: rungs=\[0\.5, 0\.5\] must rise"),
+        ({"search_seeds": [3]}, r"hydra\.sweeper: search_seeds=\[3\] must have two seeds or more"),
+        ({"search_seeds": [0, 1, 0]}, r"hydra\.sweeper\.search_seeds=\[0, 1, 0\]: names 0 twice"),
+        ({"search_seeds": [0, -1]}, r"hydra\.sweeper\.search_seeds\.1=-1: must be greater than or equal to 0"),
         ({"finalists": 1}, r"hydra\.sweeper\.finalists=1: must be greater than or equal to 2"),
         ({"lowest_rate": 2.0}, r"hydra\.sweeper: highest_rate=1\.0 is below lowest_rate=2\.0"),
         ({"budget": 0}, r"hydra\.sweeper\.budget=0: must be greater than or equal to 1"),
@@ -198,6 +201,32 @@ def test_a_sweeper_of_another_module_is_refused_whatever_its_name():
     config = OmegaConf.create({"hydra": {"sweeper": {"_target_": "elsewhere.StagedSweeper"}}})
     with pytest.raises(UserError, match=r"^hydra/sweeper: elsewhere\.StagedSweeper is none of ours; choose resuming"):
         read_options(config)
+
+
+CLOSE = ("train.lr=1e-3,1.1e-3", "seed=7,8", "train.steps=4", "train.validate_every=2", "score.base=false")
+"""Two rates so close that the validation rows cannot tell them apart."""
+
+
+def test_a_race_uses_seeds_of_its_own_and_says_that_it_is_a_tie(tiny_run, tmp_path, capsys):
+    sweep, launcher = compose_sweep(tiny_run(*CLOSE)), Here()
+    options = search_options(search_seeds=[0, 1, 2, 3], lowest_rate=1e-3, highest_rate=1.1e-3)
+    staged.run_staged(sweep, options, launcher)
+    selected = read_selection(sweep.path / "selection.json")
+    ((choice,), (search,)) = selected.choices, selected.searches
+    assert (search.search_seeds, search.seeds, choice.seeds) == ([0, 1, 2, 3], [7, 8], 2)
+    assert {cell.config.seed for cell in launcher.cells} == {0, 1, 2, 3, 7, 8}
+    scored = {cell.config.seed for cell in launcher.cells if cell.folder.scores_file("validation", "answers").exists()}
+    assert scored == {7, 8}, "the seeds of the race are not scored"
+    assert choice.tied
+    assert choice.lr not in choice.tied
+    assert "tied" in capsys.readouterr().out
+    # Stopped at several moments and continued, it races to the same choice.
+    other = compose_sweep(tiny_run(*CLOSE, f"outputs={tmp_path}/other"))
+    for stop_before in (3, 4, 2):
+        with pytest.raises(KeyboardInterrupt):
+            staged.run_staged(other, options, Here(stop_before=stop_before))
+    staged.run_staged(other, options, Here())
+    assert_same(sweep, other)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from tiedlora.analysis import claims, intervals, rules
 from tiedlora.analysis.claims import Claim, Pair, Unpaired
 from tiedlora.analysis.comparison import OTHER_ENDS, Estimate, compare, compare_planned, other_ends
 from tiedlora.analysis.groups import RunGroup, shown_splits
+from tiedlora.analysis.regret import DoubtfulRate, doubtful_rates
 from tiedlora.analysis.rules import Rule, Sides
 from tiedlora.analysis.runs import Measure, NotComparable, Scorebook
 from tiedlora.records.interval import Interval
@@ -171,6 +172,8 @@ class Answer:
     measure: Measure | None = None
     """None if nothing is scored by a metric of the claim."""
     findings: Findings = Findings()
+    doubtful_rates: tuple[DoubtfulRate, ...] = ()
+    """The arms whose rate may be so far from the best one that it matters here."""
     survives_holm: bool = False
     """Whether the verdict holds by Holm's procedure over all tests of the report (see `with_survivors`)."""
 
@@ -263,8 +266,10 @@ def _answer(claim: Claim, pair: Pair | Unpaired, split: str, book: Scorebook) ->
         looks=decision.looks,
         sensitivity=sensitivity,
     )
-    reason = "; ".join(_notes(claim, pair, decision, measure, sides, on_sensitivity=words))
-    return asked(decision.verdict, reason, decision.decide, decision.is_futile, measure, findings)
+    doubtful = doubtful_rates(claim.rule, pair, measure, sides)
+    notes = _notes(claim, pair, decision, measure, sides, on_sensitivity=words)
+    reason = "; ".join([*notes, *map(str, doubtful)])
+    return asked(decision.verdict, reason, decision.decide, decision.is_futile, measure, findings, doubtful)
 
 
 def _over(pair: Pair) -> str:

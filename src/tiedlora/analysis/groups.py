@@ -15,10 +15,12 @@ import math
 import zlib
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from tiedlora.analysis.rate_choice import ChosenRate, choose_rate, rate_trials
+from tiedlora.analysis.rate_choice import ChosenRate, RegretBound, choose_rate, rate_trials, regret_bound
 from tiedlora.analysis.runs import LeftOut, Run, UnfinishedRun
 from tiedlora.config.identity import leaves
 from tiedlora.config.sizes import is_near
@@ -108,6 +110,26 @@ class RunGroup:
     def is_other_method(self) -> bool:
         """Whether another method was trained, which has no rank of ours."""
         return self.arm.method is not None
+
+    @cached_property
+    def regret(self) -> RegretBound | None:
+        """How much worse the chosen rate may be than the best one, by validation loss. The runs' files are read once.
+
+        None without another rate that ran at two seeds of the chosen one, if rows have changed, or if a reward was
+        trained, which does not lower the loss.
+        """
+        runs = [trial for trial in self.trials if isinstance(trial, Run)]
+        if any(run.record.identity.objective.get("name") == "reward" for run in runs):
+            return None
+        seeds = {lr: {run.seed for run in runs if run.lr == lr} for lr in {run.lr for run in runs}}
+        shared = {seed for lr, own in seeds.items() if lr != self.lr for seed in own & seeds[self.lr]}
+        # Most groups have one rate alone, and the chosen one has most runs. Their files are not read without need.
+        losses = {
+            lr: {run.seed: run.last_losses() for run in runs if run.lr == lr and run.seed in shared} for lr in seeds
+        }
+        with suppress(ValueError):
+            return regret_bound(losses, self.lr)
+        return None
 
     @property
     def task_in_words(self) -> str:
@@ -257,6 +279,10 @@ def _marks_of_choice(group: RunGroup, best: ChosenRate, recorded: RateChoice | N
         marks.append(f"the chosen rate {group.lr:g} is at the edge of those tried ({lowest:g} to {highest:g})")
         group.short_marks.append("rate at the edge")
     if recorded is not None:
+        if recorded.tied:
+            others = ", ".join(f"{lr:g}" for lr in recorded.tied)
+            marks.append(f"the choice of the rate {recorded.lr:g} is a tie with {others}")
+            group.short_marks.append("rate tied")
         if recorded.lr != best.lr:
             marks.append(f"selection.json chose the rate {recorded.lr:g}; the runs here would choose {best.lr:g}")
         return marks

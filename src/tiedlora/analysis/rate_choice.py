@@ -6,7 +6,8 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
 
-from tiedlora.analysis.intervals import Array, loss_contrast
+from tiedlora.analysis.intervals import Array, both_interval, loss_contrast
+from tiedlora.records.interval import LEVEL
 from tiedlora.records.rows import ValidationLosses
 from tiedlora.records.scores import Finished
 from tiedlora.records.selection import validation_metric, validation_scores
@@ -148,6 +149,41 @@ def rate_contrast(
     if len(pairs) < 2 or len(pairs[0][0].tokens) < 2:
         return None
     return loss_contrast([first for first, _ in pairs], [second for _, second in pairs])
+
+
+@dataclass(frozen=True)
+class RegretBound:
+    """How much worse the chosen rate may be than the best one of those that it can be compared with."""
+
+    nats: float
+    """The upper end of a 95 % interval of the regret over seeds and validation rows; 0 or more."""
+    rates: int
+    """How many rates share two seeds or more with the chosen one."""
+    seeds: int
+    """The most seeds that one of them shares."""
+
+
+def regret_bound(losses: Mapping[float, Mapping[int, ValidationLosses | None]], chosen: float) -> RegretBound | None:
+    """The bound of the regret: of the chosen rate's true loss minus that of the best rate.
+
+    It is the largest of the one-sided 95 % upper ends against each other rate. The best rate is one of them, so the
+    regret is above its own end in at most 5 %, whichever rate it is.
+
+    Args:
+        losses: rate -> seed -> the last losses of its run; None if they are gone.
+
+    Returns:
+        None if no other rate shares two seeds with the chosen one. Such rates were stopped, or not among the best.
+
+    Raises:
+        ValueError: the rows are not the same.
+    """
+    others = {lr: own for lr, own in losses.items() if lr != chosen}
+    tables = [table for own in others.values() if (table := rate_contrast(losses[chosen], own)) is not None]
+    if not tables:
+        return None
+    highest = max(both_interval(table, 2 * (1 - LEVEL)).high for table in tables)
+    return RegretBound(max(0.0, highest), len(tables), max(len(table) for table in tables))
 
 
 def _shared(values: Mapping[float, Mapping[int, float]], rates: Iterable[float]) -> frozenset[int]:

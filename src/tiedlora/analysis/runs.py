@@ -25,7 +25,7 @@ from tiedlora.reading import read_typed, typed
 from tiedlora.records import study_files
 from tiedlora.records.interval import Unit
 from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, is_loss, mean_per_token
-from tiedlora.records.rows import PredictionRow, read_metrics
+from tiedlora.records.rows import PredictionRow, ValidationLosses, read_metrics, read_validation_losses
 from tiedlora.records.run_folder import DIVERGED, RunFolder, RunName, last_line
 from tiedlora.records.run_record import RunRecord, read_record
 from tiedlora.records.scores import Kind, RunScores, kind_of, read_run_scores, read_scores
@@ -133,6 +133,13 @@ class Run:
     def loss(self) -> float:
         """The last validation loss."""
         return self.record.training.validation_loss_last
+
+    def last_losses(self) -> ValidationLosses | None:
+        """The last loss of every validation row; None if the file is gone or cannot be read."""
+        with suppress(UserError):
+            found = read_validation_losses(RunFolder(self.path).validation_losses_file)
+            return found[-1] if found else None
+        return None
 
     def rows(self, split: str, kind: Kind, base: bool = False) -> list[PredictionRow]:
         """The rows of a file of scores, one per example; with `base`, the rows of the base model.

@@ -272,13 +272,16 @@ def results(rows: Iterable[ResultRow]) -> Table:
         "examples. '95 % examples': over which examples were drawn, these seeds (Wilson or Newcombe for one seed's "
         "proportion, jackknife for rows in clusters, bootstrap otherwise). 'seeds+examples': both. 'minus LoRA' and "
         "'minus base' are paired on the same examples and seeds. 'of n' after a learning rate: n rates were tried, and "
-        "validation chose. 'worth': how many parameters of LoRA score the same; in brackets, the smallest and the "
-        "largest of its sizes that cannot be told apart from the arm at level 5 %. 'Retained gain' (95 %) and 'retains "
-        "at least' (level 5 %) are over the base model; a claim's are over its own zero point."
+        "validation chose. 'lr regret at most': by how much the best of the rates that share two seeds or more may "
+        "have a lower validation loss (95 %, over seeds and rows). 'worth': how many parameters of LoRA score the "
+        "same; in brackets, the smallest and the largest of its sizes that cannot be told apart from the arm at level "
+        "5 %. 'Retained gain' (95 %) and 'retains at least' (level 5 %) are over the base model; a claim's are over "
+        "its own zero point."
     )
     columns = (
         *_group_columns(lambda row: row.group),
         Column("lr", RATE, lambda row: (row.group.lr, len(row.group.rates))),
+        Column("lr regret at most", amount(3), lambda row: row.group.regret and row.group.regret.nats),
         Column("metric", cell=lambda row: row.measure.metric or None),
         Column("split", cell=lambda row: row.measure.split),
         Column("seeds", WHOLE, lambda row: len(row.seeds)),

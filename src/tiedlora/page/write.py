@@ -26,6 +26,7 @@ from tiedlora.analysis import shares
 from tiedlora.analysis.answers import Answer, Verdict, error_note
 from tiedlora.analysis.groups import RunGroup, group_runs, short_commits
 from tiedlora.analysis.over_tasks import ClaimVerdict, claim_verdicts
+from tiedlora.analysis.regret import mark_arms
 from tiedlora.analysis.results import ResultRow, result_rows
 from tiedlora.analysis.runs import LeftOut, Run, Scorebook, names_of, read_runs, read_selections, run_roots
 from tiedlora.analysis.shares import SharePanel, share_panels
@@ -102,6 +103,7 @@ def build(roots: Sequence[Path], *, claims: Path | None = None, split: str | Non
     book = Scorebook()
     rows = result_rows(groups, book, split, stated)
     answers = claim_answers.answer_claims(stated, groups, book, split)
+    mark_arms(answer.doubtful_rates for answer in answers)
     return Report(runs, left_out, groups, rows, answers, claim_verdicts(answers), share_panels(rows, answers, book))
 
 

@@ -31,7 +31,7 @@ NOISE_FACTOR = 2.0
 """A rate is clearly behind if its loss is higher than the best one's by more than this many paired standard errors."""
 LEAST_KEPT = 2
 """A rate among the two best never stops at a rung, and both run at the second seed."""
-RACE_LEVEL = 0.1
+RACE_LEVEL = 0.3
 """A rate leaves the race if the interval of its loss minus the best one's is above 0, at this two-sided level."""
 
 
@@ -238,7 +238,7 @@ class SearchStage:
 
     @property
     def _is_race(self) -> bool:
-        return len(self.plan.search_seeds) > LEAST_KEPT
+        return len(self.plan.search_seeds) > 2
 
     def _racing(self) -> list[float]:
         """The finalists that have neither left the race nor diverged."""
