@@ -1,5 +1,7 @@
 """Groups: which runs are averaged, at which learning rate, and what is marked or refused."""
 
+import json
+
 from helpers.hostile import put_in_scores
 from helpers.report_runs import BASE, GOOD, make_record, primary_row, scored_run, write_config
 
@@ -135,7 +137,7 @@ def test_a_seed_without_the_split_is_missing_not_filled_in(tmp_path):
     assert any("not scored on test: seed 1" in note for note in row.notes)
 
 
-def recorded(root, sweep, lr, lrs, runs):
+def recorded(root, sweep, lr, lrs, runs, tied=()):
     """The group of the report, after a sweep has recorded a choice among these rates, with these runs at the chosen."""
     choice = RateChoice(
         "tiny",
@@ -151,10 +153,24 @@ def recorded(root, sweep, lr, lrs, runs):
         failed=0,
         edge=False,
         run_ids=[path.name for path in runs],
+        tied=list(tied),
     )
     write_selection(root / "sweeps" / sweep / "selection.json", Selection(sweep, "loss", [choice]))
     (group,) = write.build([root]).groups
     return group
+
+
+def test_a_race_that_ended_as_a_tie_is_marked_and_a_record_from_before_races_is_none(tmp_path):
+    run = scored_run(tmp_path, GOOD, BASE, lr=1e-2)
+    group = recorded(tmp_path, "s", 1e-2, [1e-3, 3e-3, 1e-2, 3e-2], [run], tied=[3e-3])
+    assert group.marks == ["the choice of the rate 0.01 is a tie with 0.003"]
+    assert group.short_marks == ["rate tied"]
+    file = tmp_path / "sweeps" / "s" / "selection.json"
+    tree = json.loads(file.read_text())
+    del tree["choices"][0]["tied"]
+    file.write_text(json.dumps(tree))
+    (group,) = write.build([tmp_path]).groups
+    assert group.marks == group.short_marks == []
 
 
 def test_the_choice_that_a_sweep_recorded_stands(tmp_path):

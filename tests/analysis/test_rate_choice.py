@@ -123,10 +123,10 @@ def test_the_contrast_of_two_rates_is_the_difference_of_their_losses_per_token_a
 
 
 def test_the_bound_of_the_regret_is_that_of_the_rate_that_may_be_best():
-    losses = runs({1e-3: 2.0, 3e-3: 1.0, 1e-2: 1.001})
+    losses = runs({1e-3: 2.0, 3e-3: 1.0, 1e-2: 1.001}, noise=0.05)
     bound = regret_bound(losses, 3e-3)
     near = both_interval(rate_contrast(losses[3e-3], losses[1e-2]), 0.1)
-    assert (bound.nats, bound.rates, bound.seeds) == (near.high, 2, 4)
+    assert (bound.nats, bound.rates, bound.seeds) == (pytest.approx(near.high), 2, 4)
     assert regret_bound(losses, 1e-3).nats > 0.99, "of a rate that is clearly the worst"
     assert regret_bound(runs({1e-3: 2.0, 3e-3: 1.0}), 3e-3).nats == 0
     assert regret_bound({3e-3: losses[3e-3], 1e-2: {0: losses[1e-2][0]}}, 3e-3) is None

@@ -12,14 +12,16 @@ from tiedlora.analysis.rules import Sides, better_by, level_within, retains
 from tiedlora.records.rows import ValidationLosses
 from tiedlora.records.run_folder import RunFolder
 
+SAME = (0.0, 0.0, 0.0)
 
-def arm(root, name, loss, rates, seeds=3):
-    """Runs at these rates. Each has the loss on all rows of validation, and noise between seeds."""
+
+def arm(root, name, loss, rates):
+    """Runs at these rates, with what each of its three seeds is above the arm's loss."""
     generator = np.random.default_rng(len(name))
     rows = generator.gamma(4, 0.1, 200)
-    for lr, (above, noise) in rates.items():
-        for seed in range(seeds):
-            own = rows + loss + above + generator.normal(0, noise) + generator.normal(0, 0.001, 200)
+    for lr, of_seeds in rates.items():
+        for seed, above in enumerate(of_seeds):
+            own = rows + loss + above + generator.normal(0, 0.001, 200)
             run = scored_run(root, own, rows + 2.0, metric="target_loss", name=name, seed=seed, lr=lr)
             (RunFolder(run).validation_losses_file).write_text(
                 json.dumps(asdict(ValidationLosses(100, own.tolist(), [5] * 200))) + "\n"
@@ -33,8 +35,8 @@ def found(root, rule="better_by: 0.0"):
 
 
 def test_an_arm_with_two_rates_that_seeds_cannot_tell_apart_is_marked_and_its_claim_says_so(tmp_path):
-    arm(tmp_path / "runs", "TABuv", 0.0, {1e-2: (0.0, 0.001)})
-    arm(tmp_path / "runs", "LoRA", 0.02, {1e-3: (0.01, 0.03), 1e-2: (0.0, 0.03), 3e-2: (1.0, 0.03)})
+    arm(tmp_path / "runs", "TABuv", 0.0, {1e-2: SAME})
+    arm(tmp_path / "runs", "LoRA", 0.02, {1e-3: (0.03, -0.02, 0.02), 1e-2: (0.0, 0.01, -0.01), 3e-2: (1.0, 1.0, 1.0)})
     groups, answer = found(tmp_path)
     assert groups["TABuv"].regret is None, "one rate alone"
     assert groups["TABuv"].short_marks == []
@@ -46,8 +48,8 @@ def test_an_arm_with_two_rates_that_seeds_cannot_tell_apart_is_marked_and_its_cl
 
 
 def test_a_rate_that_is_clearly_the_best_is_in_no_doubt(tmp_path):
-    arm(tmp_path / "runs", "TABuv", 0.0, {1e-2: (0.0, 0.001)})
-    arm(tmp_path / "runs", "LoRA", 0.2, {1e-3: (0.1, 0.001), 1e-2: (0.0, 0.001)})
+    arm(tmp_path / "runs", "TABuv", 0.0, {1e-2: SAME})
+    arm(tmp_path / "runs", "LoRA", 0.2, {1e-3: (0.1, 0.1, 0.1), 1e-2: SAME})
     groups, answer = found(tmp_path)
     assert groups["LoRA"].regret.nats == 0
     assert not answer.doubtful_rates
@@ -55,7 +57,7 @@ def test_a_rate_that_is_clearly_the_best_is_in_no_doubt(tmp_path):
 
 
 def test_runs_that_have_lost_their_row_losses_give_no_bound(tmp_path):
-    arm(tmp_path / "runs", "LoRA", 0.2, {1e-3: (0.1, 0.001), 1e-2: (0.0, 0.001)})
+    arm(tmp_path / "runs", "LoRA", 0.2, {1e-3: (0.1, 0.1, 0.1), 1e-2: SAME})
     for file in tmp_path.glob("runs/*/validation_losses.jsonl"):
         file.unlink()
     groups, _ = found(tmp_path)

@@ -203,25 +203,27 @@ def test_a_sweeper_of_another_module_is_refused_whatever_its_name():
         read_options(config)
 
 
-CLOSE = ("train.lr=1e-3,1.1e-3", "seed=7,8", "train.steps=4", "train.validate_every=2", "score.base=false")
-"""Two rates so close that the validation rows cannot tell them apart."""
+LEVEL = ("train.lr=1.4e-1,2e-1", "seed=7,8", "train.steps=4", "train.validate_every=2", "score.base=false")
+"""Two rates on both sides of the best one. Which of them is better depends on the seed."""
 
 
 def test_a_race_uses_seeds_of_its_own_and_says_that_it_is_a_tie(tiny_run, tmp_path, capsys):
-    sweep, launcher = compose_sweep(tiny_run(*CLOSE)), Here()
-    options = search_options(search_seeds=[0, 1, 2, 3], lowest_rate=1e-3, highest_rate=1.1e-3)
+    sweep, launcher = compose_sweep(tiny_run(*LEVEL)), Here()
+    options = search_options(search_seeds=[2, 0, 1], lowest_rate=1.4e-1, highest_rate=2e-1)
     staged.run_staged(sweep, options, launcher)
     selected = read_selection(sweep.path / "selection.json")
     ((choice,), (search,)) = selected.choices, selected.searches
-    assert (search.search_seeds, search.seeds, choice.seeds) == ([0, 1, 2, 3], [7, 8], 2)
-    assert {cell.config.seed for cell in launcher.cells} == {0, 1, 2, 3, 7, 8}
+    assert (search.search_seeds, search.seeds, choice.seeds) == ([2, 0, 1], [7, 8], 2)
+    assert {cell.config.seed for cell in launcher.cells} == {0, 1, 2, 7, 8}
     scored = {cell.config.seed for cell in launcher.cells if cell.folder.scores_file("validation", "answers").exists()}
     assert scored == {7, 8}, "the seeds of the race are not scored"
+    assert [made.lr for made in search.decisions if made.action == "finer"] == [0.17]
+    assert {cell.name.lr for cell in launcher.cells if cell.config.seed == 1} >= {0.14, 0.2}, "both have run on"
     assert choice.tied
     assert choice.lr not in choice.tied
     assert "tied" in capsys.readouterr().out
     # Stopped at several moments and continued, it races to the same choice.
-    other = compose_sweep(tiny_run(*CLOSE, f"outputs={tmp_path}/other"))
+    other = compose_sweep(tiny_run(*LEVEL, f"outputs={tmp_path}/other"))
     for stop_before in (3, 4, 2):
         with pytest.raises(KeyboardInterrupt):
             staged.run_staged(other, options, Here(stop_before=stop_before))

@@ -169,7 +169,7 @@ def test_rungs_are_evaluations_before_the_last_step():
     assert rung_steps(100, 0, (0.25,)) == rung_steps(100, 20, ()) == rung_steps(8, 50, (0.25,)) == ()
 
 
-RACE = replace(PLAN, seeds=(10, 11), named_seeds=(0, 1, 2, 3, 4, 5))
+RACE = replace(PLAN, seeds=(10, 11), named_seeds=(0, 1, 2, 3, 4, 5), race_level=0.1)
 
 
 class Neighbours(Population):
