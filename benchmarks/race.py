@@ -23,12 +23,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from tiedlora.config.project import PROJECT
 
 from tiedlora import errors
 from tiedlora.analysis.intervals import Array, mean_loss, mean_squares
 from tiedlora.analysis.rate_choice import RegretBound, rate_contrast, regret_bound
 from tiedlora.analysis.runs import read_runs
-from tiedlora.config.project import PROJECT
 from tiedlora.records.rows import ValidationLosses, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.study_files import runs_folder
