@@ -151,7 +151,7 @@ def _of_the_machine(error: Exception) -> str | None:
         advice = "choose another folder (outputs=, cache= or --out), then run the command again"
         return f"{error.filename}: no folder can be made there; {advice}"
     if is_out_of_memory(error):
-        # Passes of training and batches of scoring are halved, so memory ran out elsewhere.
+        # Passes of training and batches of scoring are halved, so memory ran out elsewhere, or for a single row.
         advice = "close other programs, or take a smaller model, tying or rank, or train.dtype=bfloat16"
         return f"out of memory while loading, at an update or elsewhere; {advice}"
     return None

@@ -14,7 +14,7 @@ from tiedlora.errors import UserError
 from tiedlora.places import PROJECT
 from tiedlora.records.rows import read_metrics, read_validation_losses
 from tiedlora.records.scores import read_run_scores, read_scores
-from tiedlora.runs import inputs, loading, run
+from tiedlora.runs import inputs, loading, run, trainer
 from tiedlora.runs.inputs import SingleSlotCache
 from tiedlora.tasks.generated import Generated
 
@@ -137,6 +137,28 @@ def test_other_rows_are_an_error_not_a_match(gsm8k, tmp_path):
         run.main(config)
     with pytest.raises(UserError, match=r"finished on other train data.*force=true"):
         run.main(gsm8k([*rows[:-1], row("changed", 0)]))
+
+
+def test_a_command_that_waited_for_the_run_of_another_still_gets_the_scores_that_it_asks_for(tiny_config, monkeypatch):
+    config, load = tiny_config("score.splits=[validation,test]", "score.metrics=[target_loss]"), trainer.load
+
+    def late(*arguments):
+        monkeypatch.setattr(trainer, "load", load)
+        run.main(tiny_config("score.splits=[validation]", "score.metrics=[target_loss]"))
+        return load(*arguments)
+
+    monkeypatch.setattr(trainer, "load", late)
+    run.main(config)
+    assert rows_of(folder_of(config), "test", "losses")
+
+
+def test_validation_rows_other_than_those_of_the_training_are_not_scored(gsm8k, tmp_path):
+    config = gsm8k([row(i, i) for i in range(9)])
+    config.score.splits = []
+    run.main(config)
+    write(tmp_path / "data", "gsm8k", *(row(i, i + 1) for i in range(9)), split="train")
+    with pytest.raises(UserError, match="was trained beside other validation rows"):
+        score_more(folder_of(config), splits=["validation"], data_root=str(tmp_path / "data"))
 
 
 def test_a_training_row_among_the_validation_rows_stops_before_anything_is_written(gsm8k, tmp_path):

@@ -1,4 +1,4 @@
-"""python scripts/score.py RUN --split test: score more of a finished run, without changing what it has.
+"""python scripts/score.py RUN --split test: score more of a finished run, without changing what it has (but --again).
 
 RUN is a run's folder. Each kind of scores is a new file, such as RUN/scores/test.answers.jsonl.
 `--metrics target_loss` scores only the loss of the split's targets, without generation.

@@ -71,7 +71,8 @@ def arm_of(config: Config) -> TrialArm:
 
 
 def run_id(config: Config) -> str:
-    """`TABuv-r8-chain_sum-smollm2-...-s0-1a2b3c4d5e`: a readable name that depends only on the identity.
+    """`TABuv-r8-chain_sum-smollm2-...-s0-1a2b3c4d5e`: a readable name. It follows from the identity, but that the
+    first word is the arm's name in conf/tying.
 
     Raises:
         UserError: a value is infinite or no number.

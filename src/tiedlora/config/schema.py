@@ -294,7 +294,7 @@ class TrainConfig:
     checkpoint_every: Count = field(default=50, metadata=EXECUTION)
     """Steps between checkpoints. An interrupted run continues from the newest one."""
     log_every: Count = field(default=10, metadata=EXECUTION)
-    """Steps between rows of metrics."""
+    """Steps between waits for the device, to fetch the numbers of all steps since the last one, and write them."""
     pause_after: Count | None = field(default=None, metadata=EXECUTION)
     """End after this step with a checkpoint. The same command without it continues, and the result is the same. The
     staged sweeper sets it."""

@@ -125,7 +125,7 @@ class Halving:
     during: StoredText
     """`training` or `validation`; `sampling` of the answers that objective=reward scores."""
     tokens: StoredCount
-    """Most tokens of a pass from then on, without padding. A row that has more is a pass of its own. While
+    """Most tokens of a pass from then on, with its padding. A row that has more is a pass of its own. While
     sampling, the number of answers in a batch, times the longest prompt and answer of the step."""
 
 

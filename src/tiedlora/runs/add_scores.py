@@ -69,7 +69,7 @@ def add_scores(folder: RunFolder, config: Config, again: bool = False) -> None:
         missing = dict.fromkeys(score.splits, wanted) if again else missing_scores(score, folder)
         for split, lacking in missing.items():
             examples = load_examples(task, split, config.data_root)
-            _check_same_rows(folder, split, examples, lacking.kinds)
+            _check_same_rows(folder, finished, split, examples, lacking.kinds)
             if split == "test":
                 _compare_with_trained_rows(config, finished, examples)
             scorer.score_split(split, examples, folder, lacking)
@@ -101,13 +101,21 @@ def _check_same_tokens(folder: RunFolder, finished: RunRecord, encoder: Encoder)
             raise UserError(f"{folder.path}: was trained with another {name} of the model; restore it")
 
 
-def _check_same_rows(folder: RunFolder, split: str, examples: Sequence[Example], kinds: Sequence[Kind]) -> None:
-    """Refuse rows other than those of the split's scores that stay."""
+def _check_same_rows(
+    folder: RunFolder, finished: RunRecord, split: str, examples: Sequence[Example], kinds: Sequence[Kind]
+) -> None:
+    """Refuse rows other than those of the run, or of the split's scores that stay."""
+    current = digest(examples)
+    if split in finished.data and finished.data[split].digest != current:
+        raise UserError(
+            f"{folder.path}: was trained beside other {split} rows (sha256 {finished.data[split].digest[:12]}, now "
+            f"{current[:12]}); restore them"
+        )
     for record in read_run_scores(folder).of(split):
-        if record.kind not in kinds and record.digest != digest(examples):
+        if record.kind not in kinds and record.digest != current:
             raise UserError(
                 f"{folder.path}: its {record.kind} of {split} are of other rows (sha256 {record.digest[:12]}, now "
-                f"{digest(examples)[:12]}); restore them, or score every metric of the split with --again"
+                f"{current[:12]}); restore them, or score every metric of the split with --again"
             )
 
 

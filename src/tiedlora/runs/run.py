@@ -50,8 +50,9 @@ def main(config: Config) -> RunRecord | None:
             return None
     if record is None:
         return None
-    if finished is not None:
-        _reuse(config, folder, finished)
+    # Another process may have finished the run while this one waited, with other scores than this command asks for.
+    if finished is not None or lacks_scores(config.score, folder):
+        _reuse(config, folder, record)
     print(terminal_lines(record, read_run_scores(folder, record), folder.path))
     return record
 

@@ -348,7 +348,7 @@ class Training:
         """The loss of each validation row, each process computing its share; smaller batches if memory runs out.
 
         Raises:
-            MemoryError, RuntimeError: memory ran out, and every batch has a single row.
+            Exception: memory ran out (errors.is_out_of_memory), and every batch has a single row.
             UserError: memory ran out, and the model is sharded.
         """
         model, held_out = self.loaded.arm.model, self.held_out
@@ -361,7 +361,7 @@ class Training:
         try:
             found = in_shares(self.loaded.world, model, batches, of_batch)
             return ValidationLosses(self.state.step, [loss / n for loss, n in found], [n for _, n in found])
-        except (MemoryError, RuntimeError) as error:
+        except Exception as error:
             if not is_out_of_memory(error) or max(map(len, batches)) == 1:
                 raise
         # A batch of one row cannot become smaller.

@@ -214,7 +214,7 @@ class Scorer:
             batch_size = smaller.config.score.batch_size
             try:
                 return score(smaller), times
-            except (MemoryError, RuntimeError, OSError) as error:
+            except Exception as error:
                 if not is_out_of_memory(error):
                     raise
             free_memory()
@@ -423,7 +423,7 @@ def in_shares(
         batches: the numbers of the rows of each batch.
 
     Raises:
-        MemoryError, RuntimeError: memory ran out. All processes raise it, so that all can start again.
+        MemoryError: memory ran out in one of several processes. All raise it, so that all can start again.
         UserError: memory ran out, and the model is sharded: then the processes cannot start again together.
     """
     own: list[tuple[int, T]] = []
@@ -432,7 +432,7 @@ def in_shares(
         with equal_passes(model, world):
             for batch in world.local_rows(batches):
                 own += zip(batch, compute(batch), strict=True)
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
         if world.size == 1 or not is_out_of_memory(error):
             raise
         if is_sharded(model):

@@ -180,7 +180,7 @@ class Loop:
         for batch in batches:
             try:
                 total = total + self._pass(batch, target_tokens)
-            except (MemoryError, RuntimeError) as error:
+            except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 if self.config.shard:
