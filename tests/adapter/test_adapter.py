@@ -167,7 +167,7 @@ def test_a_replica_of_data_parallel_is_refused(ids):
 def test_reentrant_checkpoints_are_refused_where_layers_share_a_product_and_only_in_training(ids, name, keywords):
     model = tiny("tiny_llama").model
     attach(model, name, 4)
-    model.gradient_checkpointing_enable({"preserve_rng_state": False, **keywords})
+    model.activation_checkpointing_enable({"preserve_rng_state": False, **keywords})
     model.eval()
     model(input_ids=ids)
     model.train()
@@ -177,8 +177,8 @@ def test_reentrant_checkpoints_are_refused_where_layers_share_a_product_and_only
         UserError, match=r"use_reentrant=True does not work for an adapter with .*(u or v|tying\.terms)"
     ):
         model(input_ids=ids)
-    model.gradient_checkpointing_disable()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_disable()
+    model.activation_checkpointing_enable({"use_reentrant": False})
     model(input_ids=ids).logits.sum().backward()
 
 
@@ -192,7 +192,7 @@ def test_reentrant_checkpoints_change_no_gradient_without_u_and_v(ids, family, t
         model.train().zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         found.append({name: part.grad for name, part in attached.adapter.trained_parts().items()})
-        model.gradient_checkpointing_enable({"use_reentrant": True, "preserve_rng_state": False})
+        model.activation_checkpointing_enable({"use_reentrant": True, "preserve_rng_state": False})
     torch.testing.assert_close(*found)
 
 

@@ -44,13 +44,13 @@ def everything(base, recompute: bool = False):
     (batch,) = microbatches([Encoded(*row) for row in zip(PROMPTS, TARGETS, strict=True)], 256)
     before = row_losses(model, batch)
     if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     # The blocks recompute activations only in training mode. GPT-2's own dropout needs the same seed each time.
     model.train(recompute)
     torch.manual_seed(0)
     loss = target_loss(model, batch)
     loss.backward()
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     model.eval()
     gradients = {name: part.grad for name, part in attached.adapter.trained_parts().items()}
     outputs = generate(model, base.tokenizer, PROMPTS, max_new_tokens=6, batch_size=2)

@@ -14,7 +14,6 @@ from helpers.hostile import refused, snapshot
 from helpers.task_rows import GOOD, one_example
 from helpers.task_rows import task_option as built_in
 from helpers.tiny import folder_of, rows_of, tiny
-from tiedlora.config.project import PROJECT
 
 from tiedlora.config import compose
 from tiedlora.config.identity import run_id

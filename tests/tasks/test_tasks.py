@@ -181,7 +181,7 @@ class Grouped(Task):
         return Example(id, row["question"], "answer")
 
 
-@pytest.mark.parametrize(("seed", "held_out"), enumerate(["ab", "ba", "ca", "cd", "ac", "bd"]))
+@pytest.mark.parametrize(("seed", "held_out"), list(enumerate(["ab", "ba", "ca", "cd", "ac", "bd"])))
 def test_validation_from_train_takes_whole_groups_and_no_prompt_is_in_both(seed, held_out, tmp_path):
     rows = [{"id": f"{group}_{i}", "question": group} for group in "abcd" for i in (1, 2)]
     rows.append({"id": "e_1", "question": "a"})

@@ -258,7 +258,7 @@ class Training:
         blocks: Any = model.get_submodule(layout_of(architecture).layers)
         tokens = train.steps * train.batch_size * sum(self.sampler.lengths) / len(self.sampler.lengths)
         if train.recompute_activations:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         try:
             # accelerate's hooks move weights while a block runs, which cannot be compiled.
             wish = train.compile if arm.compiles and not self.config.model.device_map else "never"
@@ -271,7 +271,7 @@ class Training:
                 yield
         finally:
             if train.recompute_activations:
-                model.gradient_checkpointing_disable()
+                model.activation_checkpointing_disable()
 
     def _reward(self) -> Reward:
         return Reward(
