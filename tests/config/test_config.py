@@ -18,6 +18,7 @@ from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.keys import from_person, help_of, sections
 from tiedlora.other_methods import TyingConfig, peft_class
+from tiedlora.places import PROJECT
 from tiedlora.runs import run
 
 SECRET = "hunter2-0123456789abcdef0123456789abcdef"
@@ -150,7 +151,7 @@ def test_hydra_knows_each_method_of_the_table_as_an_option():
 
 def test_paths_are_those_of_the_project_wherever_it_is_started(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert compose_config([]).outputs == str(configuration.PROJECT / "outputs")
+    assert compose_config([]).outputs == str(PROJECT / "outputs")
     assert compose_config(["outputs=here"]).outputs == str(tmp_path / "here")
 
 

@@ -104,6 +104,7 @@ def test_selection_json_is_read_as_it_was_written_and_damage_is_one_line_that_na
         "test",
         "test_metric",
         "selection_seeds",
+        "tied",
     ]
     file.write_text(json.dumps({**tree, "choices": [{**tree["choices"][0], "lr": "high"}]}))
     with pytest.raises(UserError, match=r"selection\.json: 'choices\.0\.lr' is 'high'"):
