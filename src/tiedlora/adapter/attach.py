@@ -152,7 +152,7 @@ class Attached(Arm):
             raise UserError(
                 "gradient checkpointing with use_reentrant=True does not work for an adapter with "
                 f"{' or '.join(sharing)}, because the layers share one product; "
-                'set gradient_checkpointing_kwargs={"use_reentrant": False}'
+                'set activation_checkpointing_kwargs={"use_reentrant": False}'
             )
 
     def disable(self) -> None:
