@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from tiedlora.config import compose as configuration
-from tiedlora.config.compose import CONF, compose_config
+from tiedlora.config.compose import compose_config
 from tiedlora.config.explain import options, peft_options, schema_keys
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.keys import from_person, help_of, sections
 from tiedlora.other_methods import TyingConfig, peft_class
-from tiedlora.places import PROJECT
+from tiedlora.places import CONF, PROJECT
 from tiedlora.runs import run
 
 SECRET = "hunter2-0123456789abcdef0123456789abcdef"
