@@ -138,6 +138,20 @@ def test_a_first_run_and_what_comes_after_it(installed, environment, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_runs_on_rows_of_a_csv_are_compared(installed, tmp_path):
+    rows = "".join(f"say {n} please,topic {n % 7}\n" for n in range(40))
+    (tmp_path / "work" / "tickets.csv").write_text(f"text,topic\n{rows}")
+    words = ["task=rows", "task.files=tickets.csv", 'task.prompt="{text}"', 'task.target=" {topic}"']
+    words += ["task.metrics=[exact_match]", "task.max_new_tokens=6", "train.steps=4", "score.metrics=null"]
+    own = [word for word in TINY if not word.startswith("task=")]
+    for tying in ("LoRA", "TABuv"):
+        succeeded(installed("tiedlora", "train", *own, *words, f"tying={tying}"))
+    runs = [str(path.parent) for path in sorted((tmp_path / "work" / "outputs").glob("*/result.json"))]
+    assert len(runs) == 2
+    assert "difference" in succeeded(installed("tiedlora", "compare", *runs))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "launcher"),
     [("tiedlora", "basic"), ("tiedlora", "joblib_slots"), ("python -m tiedlora", "joblib_slots")],
