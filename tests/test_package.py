@@ -148,7 +148,7 @@ def test_two_runs_on_rows_of_a_csv_are_compared(installed, tmp_path):
         succeeded(installed("tiedlora", "train", *own, *words, f"tying={tying}"))
     runs = [str(path.parent) for path in sorted((tmp_path / "work" / "outputs").glob("*/result.json"))]
     assert len(runs) == 2
-    assert "difference" in succeeded(installed("tiedlora", "compare", *runs))
+    assert "B - A [95 %]" in succeeded(installed("tiedlora", "compare", *runs))
 
 
 @pytest.mark.slow
