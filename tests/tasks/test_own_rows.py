@@ -423,18 +423,21 @@ MISTAKES = {  # more words -> what the message says; the rows are right
     "an attribute": ("task.prompt='{text.upper}'", "a.csv:2: the template needs the field 'text.upper', which is miss"),
     "a prompt that tells": ("task.prompt='{text} {topic}'", "the model would be told its answer"),
     "messages and templates": ("task.messages=text", "task.messages: its last message is the target"),
-    "a split that is none": ("task.files={tests: a.csv}", "task.files.tests", "did you mean test"),
+    "a split that is none": ("task.files={tests: a.csv}", "task.files.tests", "did you mean task.files.test?"),
     "a split that is missing": (
-        "task.files.validation=b.csv score.splits=[test]",
+        "task.files={train: a.csv, validation: b.csv} score.splits=[test]",
         "there are no test rows, only train and",
     ),
     "no training rows": ("task.files={train: null, test: b.csv}", "task.files.train: names no file, and test do; give"),
     "a row in two files": (
-        "task.files.validation=a.csv",
+        "task.files={train: a.csv, validation: a.csv}",
         "a.csv:2: has the prompt of ",
         "so it is in validation and in tr",
     ),
-    "a test row in two files": ("task.files={validation: b.csv, test: b.csv}", "b.csv:2: has the prompt of"),
+    "a test row in two files": (
+        "task.files={train: a.csv, validation: b.csv, test: b.csv}",
+        "b.csv:2: has the prompt of",
+    ),
     "a prompt without quotes": (
         "task.prompt={text}",
         "cannot be parsed",
