@@ -15,6 +15,7 @@ from helpers.task_rows import GOOD, one_example
 from helpers.task_rows import task_option as built_in
 from helpers.tiny import folder_of, rows_of, tiny
 
+from tiedlora.commands.fetch_data import main as fetch
 from tiedlora.config import compose
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import SCORED_SPLITS, SPLITS
@@ -208,6 +209,11 @@ def test_rows_of_the_hub_need_its_id_alone_and_trained_rows_that_are_scored_are_
     assert len(splits["train"]) == 20 - len({row["text"] for row in ROWS[:20] if f"{row['text']}\nTopic:" in scored})
     assert not scored & {example.prompt for example in splits["train"]}
     assert config.rows_from == {"hub": "org/name  main"}
+
+    words = [*WORDS, "task.hub.id=org/name", "task.validation_from_train=5", f"data_root={tmp_path}/data"]
+    fetch(words)
+    shutil.rmtree(tmp_path / "org")
+    assert {split: load_examples(load_task(config), split, f"{tmp_path}/data") for split in SPLITS} == splits
 
 
 # Templates, choices, messages and metrics.

@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
     listed = from_person(ListedRows, storage.read_json(asked.rows), prefix=f"{asked.rows}: ") if asked.rows else None
     if listed and listed.task != config.task.name:
         raise UserError(f"--rows {asked.rows}: has rows of task={listed.task}, not of {config.task.name}")
-    splits = {split: [row.fields for row in task.hub_rows(split)] for split in config.task.hub.splits}
+    splits = {split: [row.fields for row in task.hub_rows(split)] for split in task.hub_splits()}
     for split, found in (studied_rows(listed, splits) if listed else splits).items():
         # Of a field that is no JSON, such as a time, the text is kept.
         rows = [json.loads(json.dumps(row, default=str), parse_constant=lambda _: None) for row in found]

@@ -136,6 +136,14 @@ class Task:
         """The rows that the task makes itself; None if it reads its rows."""
         return None
 
+    def hub_splits(self) -> dict[str, str]:
+        """Our name of each split that the hub has -> the hub's.
+
+        Raises:
+            UserError: the hub cannot be reached.
+        """
+        return self.config.hub.splits
+
     def hub_rows(self, split: str) -> list[DataRow]:
         """The split's rows from the hub, with the hub's field names.
 

@@ -168,9 +168,9 @@ class OwnRows(Task):
             return {**given}
         if not self.config.hub.id:
             raise UserError(f"task.files: names no file; {SOURCES}")
-        return dict.fromkeys(self._hub_splits())
+        return dict.fromkeys(self.hub_splits())
 
-    def _hub_splits(self) -> dict[str, str]:
+    def hub_splits(self) -> dict[str, str]:
         """Our name of a split -> the hub's, which is the same if the configuration does not say."""
         hub = self.config.hub
         if not hub.splits:
