@@ -207,7 +207,8 @@ def test_rows_of_the_hub_need_its_id_alone_and_trained_rows_that_are_scored_are_
     scored = {example.prompt for split in SCORED_SPLITS for example in splits[split]}
     assert [len(splits[split]) for split in SCORED_SPLITS] == [5, 15]
     assert len(splits["train"]) == 20 - len({row["text"] for row in ROWS[:20] if f"{row['text']}\nTopic:" in scored})
-    assert not scored & {example.prompt for example in splits["train"]}
+    prompts = [example.prompt for examples in splits.values() for example in examples]
+    assert len({*prompts}) == len(prompts)
     assert config.rows_from == {"hub": "org/name  main"}
 
     words = [*WORDS, "task.hub.id=org/name", "task.validation_from_train=5", f"data_root={tmp_path}/data"]

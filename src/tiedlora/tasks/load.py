@@ -8,7 +8,7 @@ import json
 import pkgutil
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 from tiedlora.config.schema import SCORED_SPLITS, SPLITS, TaskConfig
 from tiedlora.errors import UserError
 from tiedlora.tasks.base import Example, Task
-from tiedlora.tasks.rows import DataRow, NoSuchSplit, RowError
+from tiedlora.tasks.rows import DataRow, NoSuchSplit, RowError, placed
 
 
 class NoSuchTask(UserError):
@@ -132,7 +132,7 @@ def _groups(task: Task, rows: Sequence[DataRow]) -> list[int]:
         return number
 
     for number, row in enumerate(rows):
-        with _placed(row):
+        with placed(row):
             for tie in task.ties(row, number):
                 one, other = sorted((root(number), root(first.setdefault(tie, number))))
                 earlier[other] = one
@@ -151,15 +151,6 @@ def _refuse_shared(task: Task, data_root: str | None) -> None:
                         f"{row.where}: has the prompt of {place}, so it is in {split} and in {other}; remove it from "
                         "one of them"
                     )
-
-
-@contextmanager
-def _placed(row: DataRow) -> Iterator[None]:
-    """Add the row's place to an error about it."""
-    try:
-        yield
-    except RowError as error:
-        raise UserError(f"{row.where}: {error}") from None
 
 
 def _scored_prompts(task: Task, data_root: str | None) -> set[str]:
@@ -208,7 +199,7 @@ def _checked_example(task: Task, row: DataRow, id: str) -> Example:
     Raises:
         UserError: the row is wrong; the message names its place and what is wrong.
     """
-    with _placed(row):
+    with placed(row):
         for name, kind in task.fields.items():
             if name not in row.fields:
                 raise RowError(f"the field '{name}' is missing (it has {', '.join(row.fields) or 'none'})")

@@ -39,6 +39,7 @@ from tiedlora.tasks.rows import (
     DataRow,
     NoSuchSplit,
     RowError,
+    placed,
     reachable_hub,
     read_file,
     read_json_lines,
@@ -61,9 +62,8 @@ class OwnRows(Task):
         # A subclass has metrics of its own.
         self.metrics = self.metrics or tuple(config.metrics)
         self.corpus_metrics = self.corpus_metrics or tuple(name for name in config.metrics if name in CORPUS)
-        # A data set of the hub cannot be corrected: its training rows that are scored too are left out.
+        # A data set of the hub cannot be corrected: its training rows that are scored too are left out (_read_rows).
         self.one_split_each = config.files.train is not None
-        self.inputs_recur = not self.one_split_each
         # Each split is read once, because others are cut from it and compared with it.
         self._kept_rows = functools.cache(self._read_rows)
         self._kept_splits = functools.cache(self._find_splits)
@@ -153,7 +153,11 @@ class OwnRows(Task):
     def ties(self, row: DataRow, number: int) -> list[str]:
         """Rows with the same prompt stay in one split, and rows of one cluster."""
         value = row.fields.get(self.config.cluster or "")
-        return [f"prompt {self.example(row, '').prompt}", *([] if value is None else [f"cluster {value}"])]
+        return [f"prompt {self._prompt(row)}", *([] if value is None else [f"cluster {value}"])]
+
+    def _prompt(self, row: DataRow) -> str:
+        with placed(row):
+            return self.example(row, "").prompt
 
     def _find_splits(self, data_root: str | None) -> dict[str, Path | None]:
         """The splits that have rows of their own -> their file; None for the hub."""
@@ -190,10 +194,11 @@ class OwnRows(Task):
 
     def _read_rows(self, split: str, data_root: str | None) -> list[DataRow]:
         path = self._kept_splits(data_root)[split]
-        if path is None:
-            return self.hub_rows(split)
-        if not getattr(self.config.files, split):
-            return read_json_lines(path)
+        if path is None or not self.one_split_each:
+            rows = self.hub_rows(split) if path is None else read_json_lines(path)
+            others = [other for other in self._kept_splits(data_root) if split == "train" and other != "train"]
+            scored = {self._prompt(row) for other in others for row in self._kept_rows(other, data_root)}
+            return [row for row in rows if not scored or self._prompt(row) not in scored]
         if not path.exists() and data_root and (moved := Path(data_root) / path.name).exists():
             # A run that was moved here names a folder of another machine.
             path = moved

@@ -56,6 +56,15 @@ class DataRow:
         return DataRow(self.where, {**self.fields, **changes})
 
 
+@contextmanager
+def placed(row: DataRow) -> Iterator[None]:
+    """Add the row's place to an error about it."""
+    try:
+        yield
+    except RowError as error:
+        raise UserError(f"{row.where}: {error}") from None
+
+
 def rows_folder(config: TaskConfig, data_root: Path) -> Path:
     """The task's folder below data_root."""
     return data_root / (config.folder or config.name)
