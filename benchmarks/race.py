@@ -22,8 +22,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import common
 import numpy as np
-from tiedlora.config.project import PROJECT
 
 from tiedlora import errors
 from tiedlora.analysis.intervals import Array, mean_loss, mean_squares
@@ -65,7 +65,7 @@ def recorded_worlds() -> list[World]:
     """The world of each task, from the arms whose two best rates ran at two seeds."""
     last: dict[tuple[str, str], dict[float, dict[int, ValidationLosses]]] = defaultdict(lambda: defaultdict(dict))
     for study in STUDIES:
-        runs, _ = read_runs([runs_folder(PROJECT / "studies" / study)])
+        runs, _ = read_runs([runs_folder(common.PROJECT / "studies" / study)])
         for run in runs:
             # The form of an answer alone is another kind of task.
             if not run.arm.trained_for:
