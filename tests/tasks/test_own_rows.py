@@ -85,8 +85,10 @@ def test_the_command_of_the_page_trains_scores_and_verifies_and_leaves_the_code_
     assert [len(rows_of(folder, split)) for split in SCORED_SPLITS] == [4, 4]
     assert rows_of(folder, "test")[0].prompt.endswith(", please\nTopic:")
 
-    findings = verify(folder.path, rows=4)
-    assert [finding for finding in findings if not finding.ok] == []
+    findings = {finding.check: finding for finding in verify(folder.path, rows=4)}
+    assert [finding for finding in findings.values() if finding.ok is False] == []
+    assert findings["data train"].ok
+    assert findings["data test"].ok
     # The run has moved to another machine, where the file is in another folder.
     (tmp_path / "elsewhere").mkdir()
     shutil.move(tickets, tmp_path / "elsewhere" / "tickets.csv")
