@@ -282,8 +282,9 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         return cast(dict[Any, Any], super().construct_mapping(node, deep))
 
 
+# The end matters: a text such as `1e-2 is best` only begins as a number.
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)", re.ASCII), list("-+.0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(_\d+)*(\.[\d_]*)?[eE][-+]?\d+$", re.ASCII), list("-+0123456789")
 )
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 from helpers.task_rows import FIVE, GOOD, one_example, task_option
 from helpers.tiny import task_option as compose_task
+from omegaconf import OmegaConf
 
 from tiedlora import storage
 from tiedlora.commands.fetch_data import main as fetch
@@ -69,6 +70,17 @@ def test_files_of_editors_on_windows_are_read_as_any_other(tmp_path):
     assert "\ufeff" in windows[1].prompt
     # Claims, plans of studies and published scores are read so.
     assert storage.read_yaml(tmp_path / "claims.yaml") == {"claims": [{"name": "x"}]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["3e-2", "-3e-2", "+3E+2", ".5e-2", "-.5e-2", "1_0e2", "1.e5", "-1.5", "010", "2020-01-01", "3e", "1e-2 is best"],
+)
+def test_a_number_of_yaml_is_what_hydra_would_read(text, tmp_path):
+    (tmp_path / "claims.yaml").write_text(f"value: {text}\n")
+    found = storage.read_yaml(tmp_path / "claims.yaml")["value"]
+    expected = OmegaConf.load(tmp_path / "claims.yaml").value
+    assert (type(found), found) == (type(expected), expected)
 
 
 def test_iwslt_pairs_come_out_of_the_official_zip(tmp_path, monkeypatch):
