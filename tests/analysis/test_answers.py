@@ -192,6 +192,13 @@ class TestLooks:
         assert found.is_futile
         assert "no planned look is likely to change it" in found.decide
 
+    def test_nothing_is_predicted_from_a_look_without_all_its_seeds(self, tmp_path):
+        world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.55}, seeds=3, rows=60, seed_sd=0.002)
+        diverge(tmp_path / "runs", "TABuv-*-s2-*")
+        found = answer(tmp_path, top="looks: [3, 4]")
+        assert (found.verdict, found.findings.look.seeds, found.is_futile) == ("undecided", 2, False)
+        assert found.decide == "the look at 4 seeds: needs seeds 3 on both sides"
+
     def test_without_base_scores_there_is_no_gain_to_keep(self, tmp_path):
         for name in ("LoRA", "TABuv"):
             for seed in range(3):

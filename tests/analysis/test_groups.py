@@ -10,6 +10,7 @@ from tiedlora.analysis.runs import read_runs
 from tiedlora.page import write
 from tiedlora.records.provenance import CodeVersion, ContinuedFrom, Execution
 from tiedlora.records.selection import RateChoice, Selection, write_selection
+from tiedlora.tying import LrFactors
 
 
 def test_the_rate_is_chosen_on_validation_over_the_seeds_that_all_rates_share(tmp_path):
@@ -81,6 +82,14 @@ def test_other_protocols_are_other_rows_and_named(tmp_path):
         ("custom (TABuv) (tying.dropout=0.2)", "train.steps=100"),
         ("TABuv", "train.steps=300"),
     }
+
+
+def test_other_rates_of_a_part_are_another_arm_in_the_same_setting(tmp_path):
+    for factors in (LrFactors(), LrFactors(B=16.0)):
+        scored_run(tmp_path, GOOD, BASE, name="LoRA", changes={"config.train.lr_factor": factors})
+    groups = group_runs(read_runs([tmp_path])[0])
+    assert {group.configuration for group in groups} == {"LoRA (lr_factor.B=1.0)", "LoRA (lr_factor.B=16.0)"}
+    assert len({group.setting for group in groups}) == 1
 
 
 def test_another_base_model_of_the_same_name_is_another_setting(tmp_path):

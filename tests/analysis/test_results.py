@@ -144,3 +144,10 @@ def test_a_seed_far_from_the_others_is_flagged(tmp_path):
         scored_run(tmp_path, [1.0] * right + [0.0] * (200 - right), [0.0] * 200, seed=seed)
     row = primary_row(write.build([tmp_path]).rows, "TABuv")
     assert any(note.startswith("seed 4 is far from the others") for note in row.notes)
+
+
+@pytest.mark.parametrize("name", ["LoRA", "TABuv"])
+def test_a_difference_over_fewer_seeds_than_a_side_has_says_so(tmp_path, name):
+    for arm in ("LoRA", "TABuv"):
+        world(tmp_path, {arm: 0.5}, seeds=4 if arm == name else 3)
+    assert "compared with LoRA: 3 seeds in common" in primary_row(write.build([tmp_path]).rows, "TABuv").notes

@@ -235,6 +235,12 @@ class TestCurve:
         assert list(weak) == ["LoRA r=2"]
         assert weak["LoRA r=2"].startswith("scores worse than a smaller size of the curve: -10.")
 
+    def test_a_size_with_a_lower_loss_is_not_worse(self, tmp_path):
+        truth = {("LoRA", 1): 0.6, ("LoRA", 2): 0.8, ("LoRA", 8): 0.3}
+        world(tmp_path / "runs", truth, metric="target_loss", **SURE)
+        rows = write.build([tmp_path / "runs"]).rows
+        assert [row.group.name for row in rows if "scores worse" in str(row.notes)] == ["LoRA r=2"]
+
     @pytest.mark.parametrize("kind", ["a diverged seed", "a failed seed", "another metric", "another split"])
     def test_a_size_takes_part_if_all_its_seeds_have_ended_with_the_metric(self, root, tmp_path, kind):
         shutil.copytree(root / "runs", tmp_path / "runs")

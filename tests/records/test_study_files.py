@@ -64,6 +64,14 @@ def test_a_process_that_was_killed_before_its_archive_was_there_leaves_no_second
     assert files_of(study_files.records_folder(study)).keys() == unpacked.keys()
 
 
+def test_where_the_plan_cannot_be_written_the_records_stay_as_files(study, monkeypatch):
+    before = files_of(study)
+    monkeypatch.setattr(storage, "write_bytes", lambda *_: (study / "full" / "disk").touch())
+    with pytest.raises(OSError, match="full"):
+        study_files.finish(study)
+    assert files_of(study) == before
+
+
 def test_an_archive_without_runs_is_no_study_that_has_not_begun(study, tmp_path):
     (study / "runs").rename(tmp_path / "away")
     archive_of(study, (tarfile.TarInfo("clusters.json"), b""))
