@@ -9,7 +9,9 @@ from tiedlora.sweeps.launching import work
 
 
 def search_options(**options) -> SearchOptions:
-    return SearchOptions(**{"rungs": [0.25, 0.5], "finalists": 2, "lowest_rate": 1e-5, "highest_rate": 1.0, **options})
+    return SearchOptions(
+        **{"rungs": [0.25, 0.5], "finalists": 2, "race_level": 0.3, "lowest_rate": 1e-5, "highest_rate": 1.0, **options}
+    )
 
 
 def cell_of(folder, goal):

@@ -89,6 +89,8 @@ class RateSearch:
     decisions: list[SearchDecision]
     search_seeds: list[StoredWhole] = field(default_factory=list)
     """The seeds at which rates were compared, if the sweep names them."""
+    race_level: StoredNumber | None = None
+    """The level at which a rate left the race, if there was one."""
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,8 @@ class SearchOptions(SweepOptions):
     search_seeds: Annotated[list[Annotated[Whole, Field(ge=0, le=2**63 - 1)]], Distinct] = field(default_factory=list)
     """The seeds at which rates are compared, in the order of use: with more than two, the finalists race. Empty takes
     the first two of the sweep's seeds."""
+    race_level: Annotated[Number, Field(gt=0, lt=1)]
+    """A rate leaves the race if it is worse than the best one at this two-sided level."""
     lowest_rate: Annotated[Number, Field(gt=0)]
     """The bounds of rates outside the grid."""
     highest_rate: Number

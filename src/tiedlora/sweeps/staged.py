@@ -55,7 +55,8 @@ class Search:
         rungs = rung_steps(train.steps, train.validate_every, options.rungs)
         # A rate below the one at which the schedule ends is refused.
         bounds = max(options.lowest_rate, train.min_lr), options.highest_rate
-        self.plan = SearchPlan(rates, in_order, rungs, *bounds, options.finalists, tuple(options.search_seeds))
+        race = tuple(options.search_seeds), options.race_level
+        self.plan = SearchPlan(rates, in_order, rungs, *bounds, options.finalists, *race)
         self.stage: SearchStage
         """What `decide` has found."""
 
@@ -208,8 +209,9 @@ class StagedSweep:
             if (choice := search.choice()) is not None:
                 choices.append(choice)
             plan, made = search.plan, search.stage.decisions
-            bounds, named = (plan.lowest, plan.highest), list(plan.named_seeds)
-            searches.append(RateSearch(search.name, list(plan.seeds), list(plan.rungs), *bounds, made, named))
+            bounds = plan.lowest, plan.highest
+            race = list(plan.named_seeds), plan.race_level if plan.named_seeds else None
+            searches.append(RateSearch(search.name, list(plan.seeds), list(plan.rungs), *bounds, made, *race))
         return Selection(self.sweep.id, "loss", choices, searches)
 
     def summary(self) -> str:

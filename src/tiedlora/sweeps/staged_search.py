@@ -32,7 +32,7 @@ NOISE_FACTOR = 2.0
 LEAST_KEPT = 2
 """A rate among the two best never stops at a rung, and both run at the second seed."""
 RACE_LEVEL = 0.3
-"""A rate leaves the race if the interval of its loss minus the best one's is above 0, at this two-sided level."""
+"""That of conf/hydra/sweeper/, for simulations."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class SearchPlan:
     named_seeds: tuple[int, ...] = ()
     """Those at which rates are compared, in the order of use; empty for the first two of `seeds`."""
     race_level: float = RACE_LEVEL
+    """A rate leaves the race if the interval of its loss minus the best one's is above 0, at this two-sided level."""
 
     @property
     def search_seeds(self) -> tuple[int, ...]:
