@@ -17,10 +17,11 @@ import re
 import secrets
 import shutil
 import stat
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -36,6 +37,9 @@ SECONDS_IN_SILENCE = 2
 """How long a process waits for a lock before it says so."""
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 """What flock answers on a file system without it."""
+SETTLED_SECONDS = 2.0
+"""A younger file is hashed each time, because a second change might have the same (coarse) time stamp as the first."""
+SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @contextmanager
@@ -154,6 +158,25 @@ def sha256(path: Path) -> str:
     """The sha256 of a regular file, in hexadecimal."""
     with _regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remembered_sha256(file: Path, cache: Path | None) -> str:
+    """The sha256 of a file. If it is remembered in `cache`, the file is not read."""
+    if cache is None or not file.exists():
+        return sha256(file)
+    state = file.stat()
+    known = f"{file.resolve()} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
+    path = cache / "digests" / hashlib.sha256(known.encode()).hexdigest()[:24]
+    # Without a cache, or with a damaged one, the file is hashed.
+    with suppress(OSError, ValueError):
+        if SHA256.fullmatch(remembered := path.read_text()):
+            return remembered
+    hashed = sha256(file)
+    if time.time() - state.st_mtime > SETTLED_SECONDS:
+        # The cache may be read-only or full: then the file is hashed again next time.
+        with suppress(OSError):
+            write_bytes(path, hashed.encode())
+    return hashed
 
 
 def compress(path: Path) -> None:

@@ -124,7 +124,13 @@ def test_help_is_the_docstring_below_the_field_and_no_other():
 
 
 OPTIONS = [path for path in sorted(CONF.glob("*/**/*.yaml")) if path.parent.parent != CONF / "hydra"]
-NEEDS_MORE = {"tying=peft": ["tying.method=VeraConfig"]}
+SIZES_OF_OWN = (
+    "{family: llama, layers: 1, hidden: 8, heads: 1, kv_heads: 1, head_dim: 8, intermediate: 8, vocabulary: 8}"
+)
+NEEDS_MORE = {
+    "tying=peft": ["tying.method=VeraConfig"],
+    "model=hub": ["model.name=a/b", "model.context=9", f"model.architecture={SIZES_OF_OWN}"],
+}
 
 
 @pytest.mark.parametrize("path", OPTIONS, ids=lambda path: path.relative_to(CONF).with_suffix("").as_posix())

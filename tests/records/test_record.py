@@ -51,7 +51,7 @@ def test_the_ids_of_these_runs_never_change(overrides, expected):
         (["tying=LoRA_l15", "train.lr=1e-2"], ["tying=LoRA", "tying.layers=[evenly 15]", "train.lr=1e-2"]),
         ([], ["train.microbatch_size=2", "train.device=cpu", "train.threads=1", "train.log_every=1"]),
         ([], ["outputs=elsewhere", "cache=there", "data_root=here", "force=true", "tracking=wandb"]),
-        ([], ["score.splits=[validation,test]", "train.checkpoint_every=7", "model.path=folder"]),
+        ([], ["score.splits=[validation,test]", "train.checkpoint_every=7", "model=smollm2_135m", "model.path=folder"]),
         ([], ["task.folder=other", "task.hub.id=another/copy"]),
         ([], ["objective=targets", "score.metrics=[target_loss]"]),
         ([], ["tying.u.init=1", "rank.scaling=standard", "tying.layers=[0-29]"]),

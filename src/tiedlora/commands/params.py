@@ -1,14 +1,16 @@
 """python scripts/params.py [model=llama2_7b] [rank=r8] [tying=TABuv] [budget=46080]: trainable parameters.
 
-Without model=, it takes llama2_7b, the paper's. Without tying=, it prints every option of conf/tying. It needs only the
-architecture, so no weights and no network. It takes the overrides of train.py, such as `rank.r=5`, `tying.A.share=4`
-and `'tying.layers=[0-9]'`. Methods of PEFT are listed with budget=N, which makes each configuration as large as its
-rank or knob allows (about a minute).
+Without model=, it takes llama2_7b, the paper's. model.path=FOLDER and model.name=ORG/NAME are a model of your own: its
+sizes are read from its config.json. Without tying=, it prints every option of conf/tying. It needs only the sizes: no
+weights, and no network for an option of conf/model. It takes the overrides of train.py, such as `rank.r=5`,
+`tying.A.share=4` and `'tying.layers=[0-9]'`. Methods of PEFT are listed with budget=N, which makes each configuration
+as large as its rank or knob allows (about a minute).
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from tiedlora.config import compose, explain
+from tiedlora.config import compose, explain, own_model
 from tiedlora.config.schema import Config
 from tiedlora.config.sizes import is_near, trainable_params
 from tiedlora.errors import UserError, as_called
@@ -29,6 +31,7 @@ def main(overrides: list[str]) -> None:
     if {"-h", "--help"} & set(overrides):
         print(as_called(str(__doc__)))
         return
+    overrides = own_model.with_option(overrides)
     if not any(override.startswith("model=") for override in overrides):
         overrides = ["model=llama2_7b", *overrides]
     has_budget = any(override.startswith("budget=") for override in overrides)
@@ -45,6 +48,11 @@ def main(overrides: list[str]) -> None:
             if not sizes and option == options[-1]:
                 raise
             refused.append(f"{option[0].removeprefix('tying=')}: {error}")
+    # The numbers of an option may be those of another model than the one that is named beside it.
+    is_named = any(override.startswith(("model.path=", "model.name=")) for override in overrides)
+    if is_named and config.model.source not in ("random", "architecture"):
+        files = own_model.files_of(config.model, Path(config.cache))
+        own_model.check(config.model, own_model.unloaded_model(config.model, files))
     architecture = config.model.architecture
     shape = f"L={architecture.layers}, d={architecture.hidden}"
     shape += f", budget {config.budget:,}" if config.budget else f", rank {config.rank.r}"

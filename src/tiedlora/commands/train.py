@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from tiedlora import errors
-from tiedlora.config import compose
+from tiedlora.config import compose, own_model
 from tiedlora.config.explain import readable_errors
 from tiedlora.places import CONF
 from tiedlora.runs import run
@@ -35,6 +35,6 @@ def main(words: list[str]) -> None:
     # With this, Hydra raises errors that it would print in many lines, and readable_errors makes one line of them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Hydra reads them from there.
-    sys.argv[1:] = words
+    sys.argv[1:] = own_model.with_option(words)
     with readable_errors():
         composed_run()

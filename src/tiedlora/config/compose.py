@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf, StringNode
 from omegaconf.resolvers import oc
 
 from tiedlora import storage
+from tiedlora.config import own_model
 from tiedlora.config.check import check
 from tiedlora.config.explain import options, peft_options, readable_errors, schema_keys
 from tiedlora.config.identity import (
@@ -141,8 +142,11 @@ def typed(composed: DictConfig | dict[str, Any]) -> Config:
     """
     with readable_errors(), _own_variables_only():
         is_plain = isinstance(composed, dict)
-        values = deepcopy(composed) if is_plain else OmegaConf.to_container(composed, resolve=True)
-        return from_person(Config, without_gone_keys(values), schema_keys())
+        values: Any = deepcopy(composed) if is_plain else OmegaConf.to_container(composed, resolve=True)
+        # A recorded configuration has all values, and one from a stranger reads no files.
+        keys = [] if is_plain or not isinstance(values.get("model"), dict) else own_model.open_keys(values["model"])
+        config = from_person(Config, without_gone_keys(values), schema_keys())
+    return replace(config, model=own_model.read(config.model, keys, Path(config.cache))) if keys else config
 
 
 def complete(config: Config) -> Config:
@@ -271,6 +275,7 @@ def compose_config(overrides: list[str]) -> Config:
         UserError: one line that names the key.
     """
     check_words(overrides)
+    overrides = own_model.with_option(overrides)
     register()
     with readable_errors():
         GlobalHydra.instance().clear()
@@ -371,6 +376,8 @@ def command(config: Config) -> str:
     # A card is published, and a reader has other folders.
     overrides = ["train.init_from=RUN" if word.startswith("train.init_from=") else word for word in overrides]
     overrides = [word for word in overrides if not word.startswith("+task.rows_from.")] + _source(config.task)
+    if config.model.path and f"model={own_model.OPTION}" in overrides:
+        overrides.append("model.path=FOLDER")
     if config.data_root:
         overrides.append("data_root=FOLDER")
     return f"python train.py {shlex.join(overrides)}".rstrip() + ("" if is_exact else NOT_EXACT)
@@ -402,7 +409,8 @@ def _overrides(config: Config, train: str) -> list[str]:
     models = {storage.read_yaml(CONF / "model" / f"{name}.yaml")["name"]: name for name in options("model")}
     # The user's own rows have any name.
     task = "rows" if config.task.kind == OWN_ROWS else config.task.name
-    chosen = {"model": models.get(config.model.name, ""), "task": task, "tying": arm_of(config).option}
+    model = models.get(config.model.name, own_model.OPTION if config.model.source == "hub" else "")
+    chosen = {"model": model, "task": task, "tying": arm_of(config).option}
     chosen |= {"objective": config.objective.name, "rank": f"r{config.rank.r}", "train": train}
     defaults = [entry for entry in OmegaConf.load(CONF / "config.yaml").defaults if not isinstance(entry, str)]
     words = []
@@ -412,8 +420,12 @@ def _overrides(config: Config, train: str) -> list[str]:
             words.append(f"{group}={name}")
     if "tying=peft" in words:
         words.append(f"tying.method={config.tying.method}")
+    identity_values = _identity_values(config)
+    # The sizes of a model of one's own are written, because its files need not be here.
+    sizes = own_model.KEYS if model == own_model.OPTION else ()
+    words += [f"model.{key}={identity_values[f'model.{key}']}" for key in sizes]
     from_options = _identity_values(compose_config(words))
-    values = {key: value for key, value in _identity_values(config).items() if from_options.get(key) != value}
+    values = {key: value for key, value in identity_values.items() if from_options.get(key) != value}
     # They follow from other keys: from init_from, and from the rank.
     values.pop("train.init_digest", None)
     if values.get("rank.alpha") == in_hydras_grammar(float(config.rank.r)):

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from tiedlora import storage
+from tiedlora.config.own_model import GGUF
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.keys import help_of, sections
@@ -95,6 +96,11 @@ def _unknown_option(group: str, option: str) -> str:
         group, names = f"hydra/{inner}", ["basic"] if inner == "launcher" else []
     own = own_options()
     names += [*options(group), *(_names(group, own) if own else ())]
+    if group == "model" and (os.sep in option or option.lower().endswith(GGUF) or os.path.exists(option)):
+        key = (
+            "model.name" if re.fullmatch(r"[^./~][^/]*/[^/]+", option) and not os.path.exists(option) else "model.path"
+        )
+        return f"model={option}: no such option; a model of your own is {key}={option}, without model="
     choose = f"; choose one of {', '.join(names)}" if names else ""
     hint = ", or set any number as rank.r=NUMBER" if group == "rank" else nearest(option, names)
     return f"{group}={option}: no such option{choose}{hint}"

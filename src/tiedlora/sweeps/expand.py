@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
 from tiedlora import tying
-from tiedlora.config import compose
+from tiedlora.config import compose, own_model
 from tiedlora.config.check import check_new_run
 from tiedlora.config.explain import readable_errors
 from tiedlora.config.identity import config_tree, leaves
@@ -221,7 +221,8 @@ def compose_sweep(overrides: list[str], composers: Composers | None = None) -> S
     GlobalHydra.instance().clear()
     with readable_errors(), initialize_config_dir(config_dir=str(CONF), **compose.VERSION_BASE):
         loader = GlobalHydra.instance().config_loader()
-        master = loader.load_configuration("config", overrides, run_mode=RunMode.MULTIRUN)
+        words = own_model.with_option(overrides)
+        master = loader.load_configuration("config", words, run_mode=RunMode.MULTIRUN)
         # Without the words for Hydra itself: `master` has them.
         return expand(master, loader, list(master.hydra.overrides.task), composers)
 
