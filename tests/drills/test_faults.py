@@ -145,8 +145,8 @@ def test_too_little_memory_halves_the_passes_or_the_batches(tiny_config, monkeyp
     def start() -> None:
         save, kept = checkpoint.save, []
 
-        def save_and_limit(*arguments):
-            save(*arguments)
+        def save_and_limit(*arguments, **named):
+            save(*arguments, **named)
             if arguments[1].step == (1 if stage == "training" else 2) and not kept:
                 # The process keeps what it has freed, and so do the tests before this one: use that up first.
                 before = address_space()

@@ -31,8 +31,8 @@ def killed_after(act: Callable[[], object], last: Callable[[TrainState], bool]) 
     def until_killed() -> None:
         save = checkpoint.save
 
-        def save_and_die(folder: Path, state: TrainState, *rest: object) -> None:
-            save(folder, state, *rest)
+        def save_and_die(folder: Path, state: TrainState, *rest: object, **named: object) -> None:
+            save(folder, state, *rest, **named)
             if last(state):
                 os.kill(os.getpid(), signal.SIGKILL)
 
