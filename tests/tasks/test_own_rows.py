@@ -120,7 +120,7 @@ def test_the_id_has_the_rows_and_not_their_place(tickets, tmp_path):
         "task.choices=[a,b]",
         "task.split_seed=1",
         "task.cluster=page",
-        f"task.files.test={copied}",
+        f"task.files={{train: {tickets}, test: {copied}}}",
         "task.target={topic}".replace("{topic}", "'{topic}'"),
     }
     write_table(tmp_path / "there" / "more.csv", ROWS[:-1])
