@@ -50,6 +50,7 @@ def start(option="TABuv", config=CONFIG, seed=0, folder=None, stop_after=None, d
         loss_sum=lambda batch: target_loss(base.model, batch),
         validate=lambda: {"validation/loss": float(sum(p.detach().abs().sum() for p in parts.values()))},
         save_checkpoint=lambda now: folder and checkpoint.save(folder, now, parts, optimizer, INPUTS),
+        count_step=lambda: None,
         log_metrics=log.extend,
         describe_rows=lambda step: str(sampler.rows_of_step(step)),
         stop_requested=lambda: stop_after is not None and state.step >= stop_after,

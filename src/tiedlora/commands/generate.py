@@ -21,6 +21,7 @@ from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.places import folder_of
 from tiedlora.text import visible, visible_lines
+from tiedlora.tracking.progress import running_clock
 
 if TYPE_CHECKING:
     from tiedlora.adapter.arms import Arm
@@ -49,15 +50,17 @@ def main(words: list[str]) -> None:
         check_utf8("--prompt", text)
 
     # Imported here because torch and transformers take seconds: --help and a wrong argument do not need them.
-    from tiedlora.data.encoding import Encoder
-    from tiedlora.models import products
-    from tiedlora.models.device import resolve_device
-    from tiedlora.runs import library
+    with running_clock("importing torch"):
+        from tiedlora.data.encoding import Encoder
+        from tiedlora.models import products
+        from tiedlora.models.device import resolve_device
+        from tiedlora.runs import library
 
     config = library.config_of(arguments.run)
     # A run without an adapter is an error before its base is loaded, and perhaps converted.
     adapter_folder(arguments.run)
-    base = library.base_of(arguments.run, device=arguments.device, cache=arguments.cache)
+    with running_clock(f"loading {config.model.name}"):
+        base = library.base_of(arguments.run, device=arguments.device, cache=arguments.cache)
     arm = library.load(arguments.run, base)
     encoder = Encoder(base.tokenizer, config.task, config.model.context, base.more_ends)
     max_new_tokens = arguments.max_new_tokens or config.task.max_new_tokens

@@ -31,6 +31,7 @@ from tiedlora.runs.admission import measure
 from tiedlora.runs.inputs import RunRows, SingleSlotCache, read_rows, warn_of_trained_rows
 from tiedlora.scoring.split import Scorer
 from tiedlora.tasks import Example, load_examples, load_task
+from tiedlora.tracking.progress import running_clock
 from tiedlora.training.checkpoint import RunInputs
 from tiedlora.training.distributed import World, is_sharded, shard
 
@@ -91,7 +92,8 @@ def load(config: Config, world: World) -> Loaded:
     local_index = world.local_index if world.size > 1 else None
     device = devices.set_up_device(config.train.device, config.train.threads, local_index)
     # 1. The rows and the base model. Consecutive runs share them.
-    read = read_rows(config)
+    with running_clock("reading the rows"):
+        read = read_rows(config)
     has_choices = bool(read.examples["validation"][0].choices)
     if config.objective.name == "reward" and read.examples["train"][0].choices:
         raise UserError(
@@ -156,7 +158,8 @@ def cached_base(config: Config, device: torch.device, shared_by: World | None = 
 
     def make() -> BaseModel:
         first_device = device if shared_by is None else torch.device("cpu")
-        base = load_base(config.model, config.train.dtype, first_device, Path(config.cache))
+        with running_clock(f"loading {config.model.name}"):
+            base = load_base(config.model, config.train.dtype, first_device, Path(config.cache))
         if shared_by is not None:
             shard(base.model, layout_of(config.model.architecture).layers, device, shared_by)
         return base
@@ -210,7 +213,8 @@ def _encoded(read: RunRows, encoder: Encoder, base: BaseModel, cache: Path) -> d
 
     def fitted(split: str, examples: list[Example]) -> EncodedRows:
         identified = base.record if base.digest_is_known else None
-        encoded = load_or_encode(encoder, examples, read.digests[split], identified, cache)
+        with running_clock(f"encoding the {split} rows"):
+            encoded = load_or_encode(encoder, examples, read.digests[split], identified, cache)
         if dropped := sorted(set(range(len(examples))) - set(encoded.kept)):
             first = examples[dropped[0]].id
             log.info("%d of %d %s rows do not fit, such as id %s", len(dropped), len(examples), split, first)

@@ -20,6 +20,7 @@ from tiedlora.records.scores import read_run_scores
 from tiedlora.records.summary import terminal_lines
 from tiedlora.runs.inputs import check_same_inputs
 from tiedlora.scoring.wanted import check_words, lacks_scores
+from tiedlora.tracking.progress import running_clock
 
 
 def main(config: Config) -> RunRecord | None:
@@ -41,7 +42,8 @@ def main(config: Config) -> RunRecord | None:
     record = finished
     # Several processes must agree that the run is finished, so they connect first.
     if finished is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from tiedlora.runs import trainer  # noqa: PLC0415
+        with running_clock("importing torch"):
+            from tiedlora.runs import trainer  # noqa: PLC0415
 
         try:
             record = trainer.carry_out(config, folder)

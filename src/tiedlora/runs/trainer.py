@@ -230,6 +230,7 @@ class Training:
             loss_sum=reward.loss_sum if reward else functools.partial(target_loss, model),
             validate=self._validate,
             save_checkpoint=self._save_checkpoint,
+            count_step=functools.partial(self.bar.advance, 1),
             log_metrics=functools.partial(self._log_metrics, reward.metrics if reward else {}),
             describe_rows=self._describe_rows,
             stop_requested=lambda: world.any(stop.requested()),
@@ -267,6 +268,7 @@ class Training:
                 log.info("this CPU has no instructions for bfloat16: products are computed in float32 and rounded")
             worth_it = compiling.decide(wish, device.type, block_weights(architecture), tokens, slow)
             compiled = compiling.compiled(blocks, model.get_input_embeddings()) if worth_it else nullcontext()
+            self.bar.now_doing("first step, compiling" if worth_it else "first step")
             with compiled:
                 yield
         finally:
@@ -327,7 +329,7 @@ class Training:
         its loss is the lowest so far.
         """
         state, loaded, count = self.state, self.loaded, self.config.train.validation_answers
-        with self._evaluating():
+        with self.bar.doing("validation"), self._evaluating():
             losses = self._row_losses()
         metrics = {"validation/loss": (loss := mean_loss(losses))}
         # The loop refuses a loss that is not finite, which JSON cannot represent.
@@ -401,7 +403,7 @@ class Training:
         self.trackers.log(rows)
         if rows and "train/tokens" in (last := rows[-1].values):
             rate = last["train/tokens"] / max(last["train/seconds"], 1e-9)
-            self.bar.advance(len(rows), f"loss {last.get('train/loss', math.nan):.3f}, {rate:.0f} tokens/s")
+            self.bar.note = f"loss {last.get('train/loss', math.nan):.3f}, {rate:.0f} tokens/s"
 
 
 def score(config: ScoreConfig, loaded: Loaded, folder: RunFolder) -> None:

@@ -84,6 +84,8 @@ class Loop:
     """validation/loss, the mean loss per target token on the validation rows, and other metrics. If memory runs out, it
     adds to the state's halvings."""
     save_checkpoint: Callable[[TrainState], None]
+    count_step: Callable[[], None]
+    """Called after each step, before its numbers are fetched."""
     log_metrics: Callable[[list[MetricsRow]], None]
     """Logs rows of metrics, of several steps at once."""
     describe_rows: Callable[[int], str]
@@ -151,6 +153,7 @@ class Loop:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             self._pending.append(numbers)
+            self.count_step()
 
             # 5. Log, validate, save a checkpoint and stop, if one of these is due.
             self._after_step()
