@@ -2,6 +2,8 @@
 
 import json
 import operator
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,9 @@ from helpers import processes
 from helpers.task_rows import write
 from helpers.tiny import folder_of, rows_of, score_more, tiny
 
+from tiedlora.commands.train import next_steps
 from tiedlora.config.compose import compose_config
+from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
 from tiedlora.places import PROJECT
 from tiedlora.records.rows import read_metrics, read_validation_losses
@@ -81,6 +85,32 @@ def test_a_finished_run_is_printed_without_torch_or_its_generator(tiny_run, fini
     done = processes.run_python("-c", code)
     assert "finished before" in done.stdout, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_after_a_run_that_has_trained_three_commands_say_what_to_do_with_it(tiny_run, script):
+    config = compose_config(tiny_run())
+    folder = folder_of(config)
+    code, out, err = script("train.py", *tiny_run())
+    assert code == 0, err
+    *_, ask, compare, use = out.splitlines()
+    assert ask == f"  ask it                python scripts/generate.py {folder.path}"
+    command, report = compare.removeprefix("  compare with LoRA     ").split(" && ")
+    assert report == f"python scripts/report.py {config.outputs}"
+    assert use == f"  use it in PEFT        python scripts/export.py {folder.path} --to peft"
+    # The command changes nothing but the arm.
+    assert run_id(compose_config(shlex.split(command)[2:])) == run_id(compose_config(tiny_run("tying=LoRA")))
+    # A finished run is only printed.
+    _, again, _ = script("train.py", *tiny_run())
+    assert again.splitlines()[-1].startswith("  run folder")
+
+
+def test_the_next_command_keeps_what_both_arms_share(tiny_config, tmp_path, monkeypatch):
+    config = replace(tiny_config("tying=LoRA"), outputs=str(tmp_path / "out puts"))
+    monkeypatch.chdir(tmp_path)
+    words = ["tying=LoRA", "rank=r2", "train.lr=1e-3", "train.lr_factor.B=16", "train.steps=6", "force=true"]
+    _, compare, _ = next_steps(config, Path(config.outputs) / "RUN", words).splitlines()
+    command = "python train.py rank=r2 train.steps=6 tying=TABuv && python scripts/report.py 'out puts'"
+    assert compare == f"  compare with TABuv    {command}"
 
 
 def test_generated_rows_are_made_again_where_their_generator_changed(finished_run, monkeypatch):

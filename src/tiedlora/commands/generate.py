@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -101,6 +102,7 @@ def typed_prompts(field: str) -> Iterator[str]:
     Raises:
         UserError: a line is not UTF-8.
     """
+    print("An empty line or Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
             text = input(f"{field}> ")

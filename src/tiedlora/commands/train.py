@@ -2,7 +2,10 @@
 
 import argparse
 import os
+import re
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -12,8 +15,14 @@ from omegaconf import DictConfig
 from tiedlora import errors
 from tiedlora.config import compose, own_model
 from tiedlora.config.explain import readable_errors
+from tiedlora.config.identity import run_id
+from tiedlora.config.schema import Config
 from tiedlora.places import CONF
+from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
+
+_OF_THIS_ARM = re.compile(r"[+~]*(tying|train\.lr|train\.lr_factor|train\.init_from|force)\b")
+"""The words that another arm does not share."""
 
 
 @hydra.main(config_path=str(CONF), config_name="config", **compose.VERSION_BASE)
@@ -23,7 +32,35 @@ def composed_run(composed: DictConfig) -> None:
             if (option := HydraConfig.get().runtime.choices[group]) != plain:
                 raise errors.UserError(f"{group}={option}: is for a sweep; add --multirun, or leave it out")
         compose.check_words(HydraConfig.get().overrides.task)
-        run.main(compose.load(composed))
+        config = compose.load(composed)
+        folder = RunFolder(Path(config.outputs) / run_id(config))
+        is_new = config.force or not folder.result_file.exists()
+        if run.main(config) is not None and is_new:
+            print(errors.as_called(next_steps(config, folder.path, sys.argv[1:])))
+
+
+def next_steps(config: Config, folder: Path, words: Sequence[str]) -> str:
+    """Three commands for a run that has just been trained.
+
+    Args:
+        words: those of its command line.
+    """
+    run_name, outputs = (shlex.quote(_shown(path)) for path in (folder, Path(config.outputs)))
+    other = "TABuv" if config.tying.name == "LoRA" else "LoRA"
+    shared = [word for word in words if not _OF_THIS_ARM.match(word)]
+    lines = {
+        "ask it": f"python scripts/generate.py {run_name}",
+        f"compare with {other}": f"python train.py {shlex.join([*shared, f'tying={other}'])} && "
+        f"python scripts/report.py {outputs}",
+        "use it in PEFT": f"python scripts/export.py {run_name} --to peft",
+    }
+    return "\n".join(f"  {what:<22}{command}" for what, command in lines.items())
+
+
+def _shown(path: Path) -> str:
+    """The path as a user of this folder would type it."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def main(words: list[str]) -> None:
@@ -34,7 +71,7 @@ def main(words: list[str]) -> None:
         compose.check_names(own)
     # With this, Hydra raises errors that it would print in many lines, and readable_errors makes one line of them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    # Hydra reads them from there.
-    sys.argv[1:] = own_model.with_option(words)
     with readable_errors():
+        # Hydra reads them from there.
+        sys.argv[1:] = own_model.with_option(compose.without_arm(words))
         composed_run()
