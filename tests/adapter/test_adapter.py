@@ -153,6 +153,18 @@ def test_a_wrong_number_is_named_before_the_model_is_changed(words, says):
     assert not hasattr(model, "tied_adapter")
 
 
+def test_an_adapter_on_a_model_says_in_one_line_what_it_is():
+    """Not the whole model, which is what a notebook showed."""
+    attached = attach(tiny("tiny_llama").model, "TABuv", 4)
+    trained = sum(part.numel() for part in attached.trained_parts().values())
+    about = f"<TABuv r=4, {trained:,} trained parameters, %s, of LlamaForCausalLM>"
+    assert repr(attached) == about % "on"
+    attached.merge()
+    assert repr(attached) == about % "merged"
+    attached.disable()
+    assert repr(attached) == about % "off"
+
+
 def test_a_replica_of_data_parallel_is_refused(ids):
     model = tiny("tiny_llama").model
     attach(model, "TABuv", rank=2)

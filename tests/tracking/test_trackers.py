@@ -170,3 +170,14 @@ def test_long_names_are_cut_to_tags_that_wandb_takes(faked):
     tags = TrackedRun("id", Path(), faked("task.name=" + 70 * "n", "tracking.tags=[mine]"), 1).tags
     assert "n" * 64 in tags
     assert max(map(len, tags)) <= 64
+
+
+def test_a_tracker_that_is_named_for_a_finished_run_says_that_it_gets_nothing(finished_run, fake, capsys):
+    config = finished_run()
+    said = "tracking=fake: gets nothing, because the run has finished before (force=true repeats it)"
+    run.main(config)
+    assert "gets nothing" not in capsys.readouterr().out
+    config.tracking.backend = "fake"
+    run.main(config)
+    assert said in capsys.readouterr().out.splitlines()
+    assert fake == []

@@ -82,6 +82,13 @@ class Attached(Arm):
     _base_weights: dict[str, Tensor] = field(default_factory=dict)
     """While the update is merged: module path -> the weight without the update."""
 
+    @override
+    def __repr__(self) -> str:
+        parameters = sum(part.numel() for part in self.trained_parts().values())
+        state = "merged" if self.merged else "on" if self.active else "off"
+        name, rank, model = self.adapter.tying.name, self.adapter.rank, type(self.model).__name__
+        return f"<{name} r={rank}, {parameters:,} trained parameters, {state}, of {model}>"
+
     @property
     def active(self) -> bool:
         """Whether the adapted modules add the update in a forward pass. False while the update is merged."""

@@ -28,9 +28,9 @@ from tiedlora.adapter.attach import Attached
 from tiedlora.adapter.files import TENSORS
 from tiedlora.adapter.parts import TiedAdapter
 from tiedlora.config import compose
-from tiedlora.config.embedded import EMBEDDED
+from tiedlora.config.embedded import EMBEDDED, EmbeddedModel
 from tiedlora.config.identity import identity
-from tiedlora.config.schema import Config, TaskConfig
+from tiedlora.config.schema import Config, ModelConfig, TaskConfig
 from tiedlora.description import DESCRIPTION
 from tiedlora.errors import UserError
 from tiedlora.families import layout_of
@@ -122,7 +122,7 @@ def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path,
         return
     if options.form == "peft":
         revision = record.base.revision if config.model.source == "hub" else None
-        to_peft(adapter, out, config.model.name, revision)
+        to_peft(adapter, out, base_to_load(config.model), revision)
         return
     if config.model.quantization:
         raise UserError(
@@ -188,13 +188,24 @@ def card(record: RunRecord, scores: RunScores, config: Config, options: ExportOp
         scores=scores,
         config=config,
         terms=identity(config.tying).get("terms"),
-        embedded=EMBEDDED.get(config.model.name) if config.model.source == "embedded" else None,
+        embedded=_embedded(config.model),
+        base=base_to_load(config.model),
         label=record.arm.configuration,
         made_with=[code for code in record.code_versions if code.commit is not None or code.version is not None],
         command=compose.command(config),
         options=options,
         task=task,
     )
+
+
+def _embedded(model: ModelConfig) -> EmbeddedModel | None:
+    return EMBEDDED.get(model.name) if model.source == "embedded" and not model.path else None
+
+
+def base_to_load(model: ModelConfig) -> str:
+    """The name of the base model for another program: of an embedded model, that of its original on the hub."""
+    embedded = _embedded(model)
+    return embedded.hub if embedded else model.name
 
 
 def _rendered(template: str, **values: object) -> str:

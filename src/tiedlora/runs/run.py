@@ -21,6 +21,7 @@ from tiedlora.records.summary import terminal_lines
 from tiedlora.runs.inputs import check_same_inputs
 from tiedlora.scoring.wanted import check_words, lacks_scores
 from tiedlora.tracking.progress import running_clock
+from tiedlora.tracking.run_trackers import AUTO, NONE
 
 
 def main(config: Config) -> RunRecord | None:
@@ -62,6 +63,8 @@ def main(config: Config) -> RunRecord | None:
 def _reuse(config: Config, folder: RunFolder, record: RunRecord) -> None:
     """Score the splits and metrics that are requested and that the finished run lacks."""
     check_same_inputs(config, record, folder)
+    if (backend := config.tracking.backend) not in (AUTO, NONE):
+        print(f"tracking={backend}: gets nothing, because the run has finished before (force=true repeats it)")
     # A read-only archive cannot be tidied. That is no problem.
     with suppress(OSError), folder.locked():
         folder.tidy()
