@@ -1,8 +1,13 @@
 """What a GPU needs, shown without one: by tensors that have a device and no values (torch's meta and fake tensors)."""
 
+import logging
 import os
+import re
+from types import SimpleNamespace
 
+import pytest
 import torch
+from helpers import processes
 
 from tiedlora.adapter.parts import ParameterGroup
 from tiedlora.config.identity import run_id
@@ -73,3 +78,33 @@ def test_a_run_without_a_number_of_threads_has_torchs_own_also_after_one_with():
     finally:
         device.own_threads.cache_clear()
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("threads", "busy", "says"),
+    [
+        (2, 1.4, "2 threads, and other programs keep 1.4 of 2 cores busy: .* train.threads=1 may be much faster"),
+        (4, 0.0, "4 threads, and other programs keep 0.0 of 2 cores busy: .* train.threads=2 may be much faster"),
+        (2, 0.3, None),
+        # With one, there is nothing to do about it.
+        (1, 2.0, None),
+    ],
+)
+def test_threads_that_other_programs_leave_no_core_for_are_named_with_the_key(threads, busy, says, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    # Two seconds pass in the block, by a clock that does not depend on how busy this machine is.
+    clock, others = iter([10.0, 12.0]), iter([100.0, 100.0 + 2.0 * busy])
+    monkeypatch.setattr(device, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(device, "_seconds_of_others", lambda: next(others))
+    monkeypatch.setattr(device, "_cores", lambda: {0, 1})
+    monkeypatch.setattr(device.torch, "get_num_threads", lambda: threads)
+    with device.watched_cores(torch.device("cpu")):
+        pass
+    (said,) = caplog.messages or [""]
+    assert said == "" if says is None else re.fullmatch(says, said)
+
+
+def test_the_time_of_other_processes_is_counted():
+    before = device._seconds_of_others()
+    processes.run_python("-c", "import time\nwhile time.process_time() < 0.5: pass", check=True)
+    assert device._seconds_of_others() - before > 0.4

@@ -100,7 +100,8 @@ def load(config: Config, world: World) -> Loaded:
             f"objective=reward: the answers of task={config.task.name} are compared by their likelihoods, and none "
             "is generated; take another task, or objective=targets"
         )
-    base = cached_base(config, device, world if config.train.shard else None)
+    with devices.watched_cores(device):
+        base = cached_base(config, device, world if config.train.shard else None)
     # 2. The rows as token ids, without those that do not fit. Given texts are compared whole, so no token ends them.
     encoder = Encoder(base.tokenizer, config.task, config.model.context, () if has_choices else base.more_ends)
     rows = _encoded(read, encoder, base, Path(config.cache))
