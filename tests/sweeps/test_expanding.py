@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 from helpers.sweeping import cell_of
-from helpers.tiny import EIGHT
+from helpers.tiny import EIGHT, composed, folder_of
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
@@ -50,6 +50,43 @@ def test_a_command_lines_axis_replaces_the_grids():
     found = {(cell.config.tying.name, cell.config.train.lr, cell.config.seed) for cell in sweep.cells}
     assert found == set(itertools.product(["TABuv"], (1e-3, 1e-1), (0, 1)))
     assert sweep.id.startswith("configurations+learning_rates-")
+
+
+ARMS = [("LoRA", 1), ("TAuv", 8), ("TABuv", 8)]
+
+
+def test_arms_of_different_rank_are_one_axis_with_the_runs_of_the_single_commands(tiny_run):
+    sweep = compose_sweep(tiny_run("arm=LoRA@r1,TAuv@r8,TABuv@8", "seed=0,1"))
+    single = [f"tying={name} rank=r{rank} seed={seed}" for (name, rank), seed in itertools.product(ARMS, (0, 1))]
+    assert [cell.run_id for cell in sweep.cells] == [run_id(composed(tiny_run(*words.split()))) for words in single]
+    # One arm is a word of any command.
+    assert run_id(compose_config(tiny_run("arm=LoRA@r1", "seed=1"))) == sweep.cells[1].run_id
+    assert [cell.run_id for cell in compose_sweep(tiny_run("arm=LoRA@r1", "seed=1")).cells] == [sweep.cells[1].run_id]
+
+
+def test_arms_are_swept_and_listed_by_the_same_words(tiny_run, script):
+    words = tiny_run("arm=LoRA@r1,TA@r2", "train.steps=2", "score.splits=[]")
+    code, _, err = script("train.py", "--multirun", *words)
+    assert code == 0, err
+    for name, rank in (("LoRA", 1), ("TA", 2)):
+        single = composed(tiny_run(f"tying={name}", f"rank.r={rank}", "train.steps=2", "score.splits=[]"))
+        assert folder_of(single).state() == "done"
+    code, plan, err = script("scripts/sweep.py", "plan", *words)
+    assert code == 0, err
+    assert "2 done" in plan
+    # A search of rates takes them as it takes the axes tying and rank.
+    searched = compose_sweep([*words, "hydra/sweeper=staged", "train.lr=1e-3,1e-2", "seed=0,1"])
+    assert {(cell.config.tying.name, cell.config.rank.r) for cell in searched.cells} == {("LoRA", 1), ("TA", 2)}
+    assert len(searched.cells) == 2 * 2 * 2
+
+
+def test_arms_replace_a_grids_configurations_and_one_without_a_rank_takes_that_of_the_command():
+    def arms(*words):
+        return [(cell.config.tying.name, cell.config.rank.r) for cell in compose_sweep([*words]).cells]
+
+    assert arms("+grid=configurations", "arm=LoRA@r1,TA") == [("LoRA", 1), ("TA", 8)]
+    assert arms("arm=LoRA,TA", "rank=r1,r2") == [("LoRA", 1), ("LoRA", 2), ("TA", 1), ("TA", 2)]
+    assert arms("+grid=configurations", "tying=TA") == [("TA", 8)]
 
 
 def test_the_yardstick_brings_the_curve_the_floor_and_the_weakest_arm_at_every_rate_and_seed():

@@ -9,7 +9,7 @@ import functools
 import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -253,6 +253,45 @@ def _with_numbers(tying: Layered, architecture: Architecture) -> Layered:
     return replace(tying, layers=None if len(layers) == architecture.layers else layers)
 
 
+ARM = "arm"
+"""The word arm=TYING@rRANK, which is short for tying=TYING rank.r=RANK: as an axis, it gives arms of different rank."""
+SAID_BY_ARM = ("tying", "rank", "rank.r", "budget")
+
+
+def words_of_arm(word: str) -> list[str]:
+    """The words that arm=TYING@rRANK, or arm=TYING, is short for.
+
+    Raises:
+        UserError: it has another form.
+    """
+    match = re.fullmatch(rf"{ARM}=([\w./-]+)(?:@r?(\d{{1,6}}))?", word, re.ASCII)
+    if match is None:
+        raise UserError(f"{word:.80}: must be TYING@rRANK, and several are an axis, as in arm=LoRA@r1,TABuv@r8")
+    return [f"tying={match[1]}", *([f"rank.r={match[2]}"] if match[2] else [])]
+
+
+def without_arm(overrides: Sequence[str]) -> list[str]:
+    """The overrides with the words that arm=TYING@rRANK is short for. An axis of arms stays: sweeps/expand.py reads it.
+
+    Raises:
+        UserError: an arm has another form, or another word says its tying or rank too.
+    """
+    words: list[str] = []
+    for word in overrides:
+        if word.startswith(f"{ARM}="):
+            check_alone(word, overrides)
+        is_axis = "," in word and not word.startswith(f"{ARM}=[")
+        words += words_of_arm(word) if word.startswith(f"{ARM}=") and not is_axis else [word]
+    return words
+
+
+def check_alone(arm: str, overrides: Iterable[str]) -> None:
+    """Refuse another word of the command line that says an arm's tying, or its rank if the arm has one."""
+    keys = SAID_BY_ARM if "@" in arm else SAID_BY_ARM[:1]
+    if other := next((word for word in overrides if word.partition("=")[0] in keys), None):
+        raise UserError(f"{other:.80}: {arm:.80} says it already; leave one of them out")
+
+
 def check_words(overrides: Iterable[str]) -> None:
     """Refuse an empty mapping as a value: Hydra merges a mapping into the present one, so an empty one changes nothing.
 
@@ -274,6 +313,7 @@ def compose_config(overrides: list[str]) -> Config:
     Raises:
         UserError: one line that names the key.
     """
+    overrides = without_arm(overrides)
     check_words(overrides)
     overrides = own_model.with_option(overrides)
     register()

@@ -110,6 +110,8 @@ def _unknown_key(key: str) -> str:
     """What to say of a key that neither the schema nor the chosen options have."""
     if key == "grid":
         return "grid: unknown key; a grid is added as +grid=NAME, and several as '+grid=[NAME,NAME]'"
+    if key == "arms":
+        return "arms: unknown key; arms of different rank are an axis: arm=LoRA@r1,TABuv@r8"
     if key.startswith("hydra."):
         group, name = f"hydra/{key.split('.')[1]}", key.rpartition(".")[2]
         files = sorted((CONF / group).glob("*.yaml"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -28,6 +29,7 @@ from pydantic import Field
 from tiedlora import tying
 from tiedlora.config import compose, own_model
 from tiedlora.config.check import check_new_run
+from tiedlora.config.compose import ARM, SAID_BY_ARM
 from tiedlora.config.explain import readable_errors
 from tiedlora.config.identity import config_tree, leaves
 from tiedlora.config.schema import Config
@@ -217,6 +219,7 @@ def compose_sweep(overrides: list[str], composers: Composers | None = None) -> S
     Raises:
         UserError: naming the cell and the key.
     """
+    overrides = compose.without_arm(overrides)
     compose.register()
     GlobalHydra.instance().clear()
     with readable_errors(), initialize_config_dir(config_dir=str(CONF), **compose.VERSION_BASE):
@@ -242,20 +245,19 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], compo
     composers = {} if composers is None else composers
     composer = composers.setdefault(tuple(master.hydra.overrides.hydra), CellComposer(master, loader))
     options = read_options(master)
-    axes: dict[str, list[str]] = {}
     with readable_errors():
-        words = [*(f"{key}={value}" for key, value in options.params.items()), *overrides]
-        for override in OverridesParser.create(config_loader=loader).parse_overrides(words):
-            # A later override replaces an earlier one of the same key, and keeps its place.
-            key = override.get_key_element()
-            if key == "+grid" and override.is_sweep_override():
-                raise UserError(f"{override.input_line}: grids are joined as '+grid=[NAME,NAME]', not with a comma")
-            axes[key] = [f"{key}={value}" for value in _values(override)]
-            compose.check_words(axes[key])
+        of_grids = _axes([f"{key}={value}" for key, value in options.params.items()], loader)
+        own = _axes(overrides, loader)
+    for replacing, replaced in ((ARM, SAID_BY_ARM), *((key, (ARM,)) for key in SAID_BY_ARM)):
+        for key in replaced if replacing in own else ():
+            of_grids.pop(key, None)
+    # An axis of the command line replaces the grids' axis of the same key, and keeps its place.
+    axes = of_grids | own
     if (count := math.prod(map(len, axes.values()))) > MOST_CELLS:
         raise UserError(f"the grid has {count:,} cells, at most {MOST_CELLS:,} are allowed; shorten an axis")
     cells: dict[str, SweepCell] = {}
-    for words in map(list, itertools.product(*axes.values())):
+    for choice in itertools.product(*axes.values()):
+        words = [word for chosen in choice for word in chosen]
         cell = _cell(composer, words)
         first = cells.setdefault(cell.run_id, cell)
         if first.config != cell.config:
@@ -290,6 +292,23 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], compo
 def _unlabelled(config: Config) -> Config:
     """The configuration without the names of its arm: two budgets or two options may mean one arm."""
     return replace(config, budget=None, tying=replace(config.tying, name="", suggested_lr=1.0))
+
+
+def _axes(words: Sequence[str], loader: ConfigLoader) -> dict[str, list[list[str]]]:
+    """Key -> for each of its values, the words of a cell with it. A later word of a key replaces an earlier one.
+
+    Raises:
+        UserError: a word has no values, or is none that a sweep can have.
+    """
+    axes = {}
+    for override in OverridesParser.create(config_loader=loader).parse_overrides(list(words)):
+        key = override.get_key_element()
+        if key == "+grid" and override.is_sweep_override():
+            raise UserError(f"{override.input_line}: grids are joined as '+grid=[NAME,NAME]', not with a comma")
+        found = [f"{key}={value}" for value in _values(override)]
+        compose.check_words(found)
+        axes[key] = [compose.words_of_arm(word) if key == ARM else [word] for word in found]
+    return axes
 
 
 def _values(override: Override) -> list[str]:
