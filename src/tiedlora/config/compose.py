@@ -38,6 +38,7 @@ from tiedlora.config.identity import (
     run_id,
     without_gone_keys,
 )
+from tiedlora.config.rates import suggested_lr
 from tiedlora.config.schema import SPLITS, Config, HubSource, RankConfig, TaskConfig
 from tiedlora.config.sizes import at_budget
 from tiedlora.errors import UserError
@@ -162,8 +163,6 @@ def complete(config: Config) -> Config:
     if (backend := config.tracking.backend) not in (known := options("tracking")):
         raise UserError(f"tracking.backend={backend}: choose one of {', '.join(known)}{nearest(backend, known)}")
     train = config.train
-    if train.lr is None:
-        train = replace(train, lr=config.tying.suggested_lr)
     if train.init_from and train.init_digest is None:
         folder = adapter_folder(train.init_from).absolute()
         train = replace(train, init_from=str(folder), init_digest=adapter_digest(folder))
@@ -175,6 +174,9 @@ def complete(config: Config) -> Config:
         config = at_budget(config)
         check(config)
     rank = config.rank
+    if config.train.lr is None:
+        # The budget may have chosen the rank.
+        config = replace(config, train=replace(config.train, lr=suggested_lr(config.tying, rank.r)))
     if rank.alpha is None:
         config.rank = replace(rank, alpha=float(rank.r))
     config.tying = _with_numbers(config.tying, config.model.architecture)

@@ -259,7 +259,7 @@ class TrainConfig:
     bucket: bool = True
     """Whether rows of similar length share a step. The order stays random, with every row once per epoch."""
     lr: Annotated[Number, Field(ge=1e-12, le=1e3)] | None = None
-    """Peak learning rate; null takes tying.suggested_lr."""
+    """Peak learning rate; null takes that of conf/rates.yaml for the arm and its rank, or else tying.suggested_lr."""
     lr_factor: LrFactors = field(default_factory=LrFactors)
     """Factors on the learning rate, one for each part."""
     optimizer: Literal["adamw"] = field(default="adamw", metadata=neutral("adamw"))

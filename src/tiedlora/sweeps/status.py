@@ -20,6 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from tiedlora.config.rates import NOT_SEARCHED, searched_lr
 from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
@@ -213,11 +214,24 @@ def rows(cells: Sequence[CellStatus]) -> list[list[str]]:
         loss = "" if cell.validation_loss is None else f"{cell.validation_loss:.3f}"
         lines.append(
             [name.model, name.task, name.configuration, str(name.rank)]
-            + [f"{trainable_params(cell.cell.config) or 0:,}", f"{name.lr:g}", str(name.seed)]
+            + [f"{trainable_params(cell.cell.config) or 0:,}", _rate(cell.cell, values), str(name.seed)]
             + [values.get(key, "") for key in extra]
             + [cell.state, step, score, loss, f"{cell.seconds:.0f}"]
         )
     return lines
+
+
+def _rate(cell: SweepCell, values: Mapping[str, str]) -> str:
+    """The rate, and whether it is a default that no search stands behind. The words of a frozen cell are not known.
+
+    Args:
+        values: key -> value of the cell's words.
+    """
+    name, rate = cell.name, f"{cell.name.lr:g}"
+    is_default = bool(values) and "train.lr" not in values
+    if is_default and searched_lr(cell.config.model.name, name.task, name.configuration, name.rank) is None:
+        return f"{rate} {NOT_SEARCHED}"
+    return rate
 
 
 def to_json(sweep: Sweep, cells: Sequence[CellStatus], forecast: Sequence[Mapping[str, object]] | None = None) -> str:
