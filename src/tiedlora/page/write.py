@@ -26,11 +26,12 @@ from tiedlora.analysis import shares
 from tiedlora.analysis.answers import Answer, Verdict, error_note
 from tiedlora.analysis.groups import RunGroup, group_runs, short_commits
 from tiedlora.analysis.over_tasks import ClaimVerdict, claim_verdicts
+from tiedlora.analysis.ranking import RankedArm, rankings
 from tiedlora.analysis.regret import mark_arms
 from tiedlora.analysis.results import ResultRow, result_rows
 from tiedlora.analysis.runs import LeftOut, Run, Scorebook, names_of, read_runs, read_selections, run_roots
 from tiedlora.analysis.shares import SharePanel, share_panels
-from tiedlora.page import browser, charts, figures, tables
+from tiedlora.page import browser, charts, figures, ranked, tables
 from tiedlora.page.figures import HERE, Panel
 from tiedlora.page.tables import Table, minus
 from tiedlora.records.interval import MISSING, Interval, Unit
@@ -56,6 +57,8 @@ class Report:
     """Those over all tasks."""
     share_panels: list[SharePanel]
     """What every arm keeps of a reference's gain."""
+    rankings: list[list[RankedArm]]
+    """The arms of each task to which no claim applies, the best first."""
 
     def summary(self) -> str:
         """One line: how many runs and groups, which models and tasks, which code."""
@@ -74,6 +77,7 @@ class Report:
         over_tasks = self.verdicts if any(len(verdict.answers) > 1 for verdict in self.verdicts) else []
         return [
             *tables.overview(self.rows, self.left_out),
+            ranked.table(self.rankings),
             tables.results(self.rows),
             tables.cost(self.groups),
             tables.verdicts(over_tasks),
@@ -104,7 +108,16 @@ def build(roots: Sequence[Path], *, claims: Path | None = None, split: str | Non
     rows = result_rows(groups, book, split, stated)
     answers = claim_answers.answer_claims(stated, groups, book, split)
     mark_arms(answer.doubtful_rates for answer in answers)
-    return Report(runs, left_out, groups, rows, answers, claim_verdicts(answers), share_panels(rows, answers, book))
+    return Report(
+        runs,
+        left_out,
+        groups,
+        rows,
+        answers,
+        claim_verdicts(answers),
+        share_panels(rows, answers, book),
+        rankings(rows, answers, book),
+    )
 
 
 def write(report: Report, out: Path) -> list[str]:
@@ -140,6 +153,8 @@ def _lines(report: Report, out: Path) -> list[str]:
                 continue
         for answer in verdict.answers:
             lines += _answer_lines(answer)
+    for ranking in report.rankings:
+        lines += ranked.lines(ranking)
     lines += [f"left out       {folder.path.name}: {folder.reason}" for folder in report.left_out[:LISTED]]
     if len(report.left_out) > LISTED:
         lines.append(f"left out       {len(report.left_out) - LISTED} more; left-out.md has them all")
