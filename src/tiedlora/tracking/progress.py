@@ -39,8 +39,9 @@ def show_log() -> None:
     """Write log lines to standard error, with the time: ours from INFO on, and warnings of others. (train.py has
     conf/hydra/job_logging.)
     """
-    shown = {"format": "%(asctime)s %(message)s", "datefmt": "%H:%M:%S"}
-    logging.basicConfig(level=logging.WARNING, handlers=[AboveBars()], **shown)  # type: ignore[arg-type]
+    logging.basicConfig(
+        level=logging.WARNING, handlers=[AboveBars()], format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
+    )
     logging.getLogger("tiedlora").setLevel(logging.INFO)
 
 
