@@ -304,6 +304,11 @@ class TestCurve:
         below = worth_of(sizes, falling - 9, np.full(201, 0.1))
         assert (below.value, below.low, below.high, str(below)) == (0, 0, 1000, "< 1,000")
 
+    def test_worth_ends_between_the_last_size_that_is_level_and_the_next(self):
+        found = worth_of(np.array([1e3, 2e3, 4e3, 8e3]), np.array([0.3, 0.0, -0.05, -0.4]), np.full(4, 0.1))
+        # |mean| - half goes from 0.2 to -0.1 below the level sizes, and from -0.05 to 0.3 above them.
+        assert (found.low, found.value, found.high) == pytest.approx((1e3 * 2 ** (2 / 3), 2e3, 4e3 * 2 ** (1 / 7)))
+
     def test_an_arm_below_the_curve_that_a_wide_part_of_it_cannot_tell_apart(self):
         """LoRA's larger size varies more between seeds. The interval holds the estimate all the same."""
         found = worth_of(np.array([1000.0, 8000.0]), np.array([-0.2, -0.2]), np.array([0.1, 0.3]))

@@ -204,6 +204,28 @@ def test_a_race_goes_on_to_further_seeds_until_one_rate_is_left():
     assert {lr for lr, _ in population.scored} == {1e-2}
 
 
+def test_a_rate_leaves_a_race_at_the_level_of_the_plan():
+    for level, left in ((0.1, [3e-3]), (1e-6, [])):
+        population = Neighbours({3e-3: 1.03, 1e-2: 1.0})
+        stage = finish(population, replace(RACE, rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1), race_level=level))
+        assert [made.lr for made in stage.decisions if made.action == "behind" and made.lr == 3e-3] == left
+
+
+def test_a_rate_that_has_left_a_race_has_no_say_in_who_is_best():
+    """Over the first two seeds, which it has too, another rate is the best one; over all six, 3e-2 is."""
+
+    class Given(Population):
+        def losses(self, lr: float, seed: int, step: int) -> ValidationLosses:
+            above = {3e-3: [0.0] * 6, 1e-2: [0.03, 0.035], 3e-2: [0.04, 0.1, *[-0.1] * 4]}.get(lr, [2.0] * 6)
+            mean = 1.0 + (above[seed] if seed in RACE.named_seeds else 0.0)
+            noise = np.random.default_rng([round(1e9 * lr), seed]).normal(0, 0.2 if lr == 3e-2 else 0.001, 64)
+            return ValidationLosses(step, (mean + noise - noise.mean()).tolist(), [10] * 64)
+
+    stage = finish(Given(best=3e-2), replace(RACE, rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1)))
+    assert [made.lr for made in stage.decisions if made.action == "behind"] == [1e-2]
+    assert (stage.chosen.lr, stage.tied()) == (3e-2, [3e-3])
+
+
 def test_a_race_without_a_winner_tries_a_rate_between_and_says_that_it_is_a_tie():
     population = Neighbours(dict.fromkeys((3e-3, 5.5e-3, 1e-2), 1.0))
     stage = finish(population, replace(RACE, rates=(1e-3, 3e-3, 1e-2, 3e-2)))
