@@ -1,5 +1,7 @@
 """More scores of a finished run: each is a new file, and every file that is there stays as it is."""
 
+import shutil
+
 import pytest
 import torch
 from helpers.hostile import change_rows, put, put_in_scores, snapshot
@@ -106,10 +108,9 @@ def test_losses_that_are_added_in_halved_batches_say_so_and_the_answers_stay(con
 
     monkeypatch.setattr(scoring, "row_losses", limited)
     score_more(folder, metrics=[TARGET_LOSS])
-    monkeypatch.undo()
     answers, losses = read_run_scores(folder).of("validation")
     assert (answers, losses.batch_halvings) == (before, 1)
-    assert not wrong(folder)
+    assert not wrong(folder), "the losses are checked in batches of the same size, which fit"
 
 
 def test_scores_of_other_rows_are_not_added(config, caplog):
@@ -153,6 +154,23 @@ def test_a_finished_run_of_an_earlier_version_counts_as_trained_and_is_scored_ag
     after = snapshot(folder.path)
     assert {name: after[name] for name in before} == before
     assert rows_of(folder, "validation") == rows
+
+
+def test_what_another_process_scores_while_this_one_waits_is_not_scored_again(config, tmp_path):
+    folder = folder_of(config())
+    other = RunFolder(tmp_path / "other" / folder.path.name)
+    shutil.copytree(folder.path.parent, other.path.parent)
+    score_more(other, metrics=[TARGET_LOSS])
+
+    class Waiting(RunFolder):
+        """The other process has the lock first."""
+
+        def locked(self, *patience):
+            shutil.copytree(other.path.parent, folder.path.parent, dirs_exist_ok=True)
+            return super().locked(*patience)
+
+    score_more(Waiting(folder.path), metrics=[TARGET_LOSS])
+    assert snapshot(folder.path.parent) == snapshot(other.path.parent)
 
 
 def test_without_a_base_there_is_no_gain_and_no_file_of_it(config):

@@ -3,10 +3,12 @@
 import json
 import operator
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import processes
 from helpers.task_rows import write
 from helpers.tiny import folder_of, rows_of, score_more, tiny
@@ -21,6 +23,7 @@ from tiedlora.records.scores import read_run_scores, read_scores
 from tiedlora.runs import inputs, loading, run, trainer
 from tiedlora.runs.inputs import SingleSlotCache
 from tiedlora.tasks.generated import Generated
+from tiedlora.training.distributed import ALONE
 
 
 def test_the_record_is_complete(tiny_config, capsys):
@@ -138,6 +141,57 @@ def test_best_checkpoint_can_be_scored(tiny_config):
     }
     best = min(losses, key=lambda step: (losses[step], step))
     assert result.training.scored_step == best
+
+
+def test_with_another_context_other_rows_fit(tiny_config):
+    """Consecutive runs of one process share the token ids of their rows."""
+
+    def rows(*more):
+        loaded = loading.load(tiny_config("score.splits=[]", *more), ALONE)
+        loaded.release()
+        return loaded.rows["train"]
+
+    every = rows()
+    lengths = sorted(map(len, every.encoded))
+    shorter = rows(f"model.context={lengths[len(lengths) // 2]}")
+    assert shorter.kept == [
+        number for number, row in zip(every.kept, every.encoded, strict=True) if len(row) <= lengths[len(lengths) // 2]
+    ]
+    assert 0 < len(shorter.kept) < len(every.kept) == 40
+
+
+def test_with_another_dtype_it_is_another_base_model(tiny_config):
+    """Consecutive runs of one process share the base model."""
+    for dtype in ("float32", "bfloat16"):
+        config = tiny_config(f"train.dtype={dtype}")
+        assert loading.cached_base(config, torch.device("cpu")).model.dtype == getattr(torch, dtype)
+
+
+def test_scores_of_an_adapter_that_is_saved_again_are_removed(finished_run, tiny_config):
+    """A process that was killed after its last score and before its result has left them."""
+    folder = folder_of(finished_run("score.splits=[validation,test]"))
+    assert read_run_scores(folder).splits == ["validation", "test"]
+    folder.result_file.unlink()
+    run.main(tiny_config("score.splits=[validation]"))
+    assert read_run_scores(folder).splits == ["validation"]
+
+
+def test_a_run_that_another_process_finishes_while_this_one_loads_is_not_trained_again(
+    tiny_config, finish, tmp_path, monkeypatch
+):
+    finished = finish(tiny_config(f"outputs={tmp_path}/other"))
+    load = trainer.load
+
+    def slow(*arguments):
+        loaded = load(*arguments)
+        shutil.copytree(tmp_path / "other", config.outputs)
+        return loaded
+
+    config = tiny_config()
+    monkeypatch.setattr(trainer, "load", slow)
+    monkeypatch.setattr(trainer, "begin", lambda *_: pytest.fail("trained again"))
+    assert run.main(config) == finished
+    assert folder_of(config).record() == finished
 
 
 @pytest.fixture

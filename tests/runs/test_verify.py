@@ -1,6 +1,7 @@
 """scripts/verify.py: an unchanged run agrees, and each kind of change is named."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,8 @@ def finished(tmp_path_factory, finish):
             "train.steps=4",
             "train.batch_size=4",
             "train.warmup_steps=1",
+            # Fewer than are scored.
+            "train.validation_rows=8",
             "train.dtype=float32",
             "train.threads=1",
             "score.batch_size=4",
@@ -327,6 +330,10 @@ def test_on_another_processor_an_output_may_differ_by_rounding(elsewhere, monkey
     assert wrong_here.ok is False
     assert "rounding does not explain it" in wrong_here.explanation
     assert "Another (AVX512)" in wrong_here.explanation
+    with monkeypatch.context() as patch:
+        # As that of a model whose logits are not finite.
+        patch.setattr(verify_scores, "largest_gap", lambda *_: math.nan)
+        assert regeneration(elsewhere)["regenerate validation.answers"].ok is False
     # A gap as large as the logits of a random model allows every text.
     monkeypatch.setitem(verify_scores.TOLERANCES, "float32", verify_scores.Tolerances(1e-3, 100.0, 0.5, 0.05))
     close = regeneration(elsewhere)["regenerate validation.answers"]

@@ -20,7 +20,7 @@ from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
 from tiedlora.places import PROJECT
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.selection import RateChoice, Selection, write_selection
+from tiedlora.records.selection import RateChoice, Selection, read_selection, write_selection
 from tiedlora.runs import run
 from tiedlora.sweeps import study
 from tiedlora.sweeps.expand import compose_sweep
@@ -162,6 +162,19 @@ def test_the_records_are_every_run_and_the_adapter_of_one_seed(folder, outputs, 
     storage.write_json(path, record | {"identity": record["identity"] | {"warm": True}})
     study.export_study(folder, tmp_path / "here")
     assert [(kept / name / "adapter").exists() for name in ids] == [True, True]
+
+
+def test_choices_that_were_scored_since_replace_the_kept_ones_and_fewer_do_not(folder, outputs, tmp_path):
+    place, _ = outputs
+    study.export_study(folder, place)
+    shutil.copytree(place, tmp_path / "here")
+    path, kept = (root / "sweeps" / "s-1" / "selection.json" for root in (tmp_path / "here", folder / "runs"))
+    selection = read_selection(path)
+    tested = [replace(choice, test=0.5, test_metric="exact_match_strict") for choice in selection.choices]
+    for choices in (tested, []):
+        write_selection(path, replace(selection, choices=choices))
+        study.export_study(folder, tmp_path / "here")
+        assert read_selection(kept).choices == tested
 
 
 def test_a_study_continues_from_its_records_on_another_machine(folder, outputs, tmp_path, capsys):
