@@ -37,9 +37,9 @@ def test_arms_without_a_claim_are_ranked_against_the_best_and_the_lora_of_their_
 def test_the_terminal_the_tables_and_the_page_show_the_ranking(report, tmp_path):
     said = write.write(report, tmp_path / "report")
     (start,) = [number for number, line in enumerate(said) if line.startswith("RANKED")]
-    assert said[start] == "RANKED         chain_sum, exact_match_strict on validation, 3 seeds; no claim applies"
-    shown = said[start + 1 : start + 1 + 2 * (len(ARMS) + 1)]
-    assert max(map(len, said[start : start + 11])) <= 80
+    assert said[start] == "RANKED         chain_sum, by exact_match_strict on validation, 3 seeds"
+    shown = said[start + 2 : start + 2 + 2 * (len(ARMS) + 1)]
+    assert max(map(len, said[start : start + 12])) <= 80
     assert shown[0].split() == ["arm", "parameters", "score", "val.", "loss", "lr", "rate", "time"]
     assert all(line.split()[-4:] == ["not", "searched", "10", "s"] for line in shown[1:5])
     table = ranked.table(report.rankings)

@@ -56,13 +56,15 @@ def lines(ranking: Sequence[RankedArm]) -> list[str]:
         numbers = [f"{arm.group.params:,}", score, f"{loss:.3f}", rate, _search(arm), f"{seconds:.0f} s"]
         facts.append([arm.group.name, *numbers])
         lora = f" ({arm.lora.name})" if arm.lora and arm.from_lora else ""
-        differences.append([arm.group.name, _difference(arm, arm.from_best), _difference(arm, arm.from_lora) + lora])
+        from_best = "is the best" if arm is first else _difference(arm, arm.from_best)
+        differences.append([arm.group.name, from_best, _difference(arm, arm.from_lora) + lora])
     seeds = sorted({len(arm.row.seeds) for arm in ranking})
     over = counted(seeds[-1], "seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
-    title = f"RANKED         {group.task_in_words}, {first.measure.metric} on {first.measure.split}, {over}"
+    title = f"{'RANKED':<14} {group.task_in_words}, by {first.measure.metric} on {first.measure.split}, {over}"
+    why = f"{'':<14} no claim applies to these arms, so this is no verdict"
     heads = ["arm", "minus the best", "minus LoRA"]
     blocks = [aligned(facts), aligned([heads, *differences])]
-    return [f"{title}; no claim applies", *(f"  {line}" for block in blocks for line in block.splitlines())]
+    return [title, why, *(f"  {line}" for block in blocks for line in block.splitlines())]
 
 
 def _difference(arm: RankedArm, found: Estimate | None) -> str:
