@@ -31,13 +31,13 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder of a run of model=gemma3_270m."""
-    return train(tmp_path_factory.mktemp("gemma"))
+    return train(tmp_path_factory.mktemp("gemma"), "model=gemma3_270m")
 
 
-def train(place, *words):
+def train(place, model):
     rows = ("task.options.rows={train: 40, validation: 4, test: 4}", "task.rows.validation=null")
-    words = (*rows, "train=tiny", "train.steps=3", "train.dtype=float32", "train.threads=1", "score.splits=[]", *words)
-    config = composed(["model=gemma3_270m", *words, f"outputs={place}", f"cache={CACHE}"])
+    words = (*rows, "train=tiny", "train.steps=3", "train.dtype=float32", "train.threads=1", "score.splits=[]")
+    config = composed([model, *words, f"outputs={place}", f"cache={CACHE}"])
     run.main(config)
     return RunFolder(place / run_id(config))
 
