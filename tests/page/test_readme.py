@@ -58,6 +58,9 @@ def test_two_models_and_two_settings_are_never_in_one_cell(tmp_path):
     assert sum("| tiny |" in line and settings[0] in line for line in scores) == 2
 
 
+ANSWER = "<!-- report: answer{} -->\n<!-- end of report -->\n"
+
+
 def test_a_claim_without_runs_is_not_in_the_table_of_answers(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.9, "TABuv": 0.5}, seeds=3)
     report_of_claim(tmp_path, top="looks: [3]")
@@ -65,7 +68,20 @@ def test_a_claim_without_runs_is_not_in_the_table_of_answers(tmp_path):
         sides = "method: {configuration: TABuv, rank: 8, seed_offset: 5}, comparator: {configuration: LoRA, rank: 8}"
         file.write(f"  - {{name: y, {sides}, better_by: 0, tasks: []}}\n")
     report = write.build([tmp_path / "runs"], claims=tmp_path / "claims.yaml")
-    assert "| TABuv |" in readme.filled("<!-- report: answer -->\n<!-- end of report -->\n", report)
+    assert "| TABuv r 8 |" in readme.filled(ANSWER.format(""), report)
+
+
+@pytest.mark.parametrize(("truth", "says"), [(0.1, "worse \\*"), (0.9, "better \\*"), (0.5, "not shown")])
+def test_the_table_of_answers_says_if_an_arm_is_better_than_lora_of_its_size(tmp_path, truth, says):
+    world(tmp_path / "runs", {("LoRA", 1): 0.5, ("TABuv", 11): truth}, seeds=3)
+    report = report_of_claim(tmp_path, "better_by: 0", "TABuv, rank: 11", "configuration: LoRA, rank: 1")
+    table = readme.filled(ANSWER.format(""), report).splitlines()
+    (score,) = [row.score.value for row in report.rows if row.group.label == "TABuv"]
+    assert table[-2] == f"| TABuv r 11 | 46,026 | {100 * score:.1f} | {says} |"
+    # The mark may name the arms.
+    assert readme.filled(ANSWER.format(" TABuv r 11"), report).splitlines()[3:] == table[-2:]
+    with pytest.raises(UserError, match=r"answer: there are no runs of TAB r 3; choose from .*TABuv r 11"):
+        readme.filled(ANSWER.format(" LoRA r 1, TAB r 3"), report)
 
 
 def test_an_empty_report_says_so(tmp_path):
@@ -76,6 +92,7 @@ def test_an_empty_report_says_so(tmp_path):
     ("text", "message"),
     [
         ("# No marks", r"has no marks; write <!-- report: NAME --> .*; NAME is runs, verdicts, answer, scores, cost"),
+        ("<!-- report: cost LoRA r 8 -->\n<!-- end of report -->\n", r"cost LoRA r 8 -->: NAME must be one of runs"),
         ("<!-- report: veredicts -->\n<!-- end of report -->\n", r"veredicts -->: NAME must be one of runs, verd"),
         (TEXT.replace("<!-- end of report -->\n\nWords", "Words"), "each mark needs its own end"),
     ],

@@ -5,17 +5,19 @@ The README marks where a table goes, and `scripts/report.py ... --readme FILE` w
     <!-- report: verdicts -->
     (the table)
     <!-- end of report -->
+
+`<!-- report: answer LoRA r 8, TABuv r 8 -->` has these arms alone.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tiedlora import storage
-from tiedlora.analysis.answers import Answer
+from tiedlora.analysis.answers import Answer, Verdict
 from tiedlora.analysis.claims import Pair
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.results import BASELINE, ResultRow
@@ -25,14 +27,19 @@ from tiedlora.errors import UserError
 from tiedlora.page import tables
 from tiedlora.page.tables import Column, Table
 from tiedlora.page.write import Report, effect, models, word
+from tiedlora.records.loss_metrics import TARGET_LOSS
 from tiedlora.text import counted, visible
 
 START = "<!-- report: "
 BLOCK = re.compile(rf"(?P<start>{START}(?P<name>[^>]*?) -->\r?\n).*?(?P<end><!-- end of report -->)", re.DOTALL)
 RUNS = "runs"
 """The name of the line that says how many runs the report has, of which models, tasks and commits."""
+ANSWER = "answer"
+"""The name of the table that has a row for each arm. Arms may stand behind it, separated by commas."""
 COST = ("configuration", "rank", "parameters", "tokens/s", "peak memory GiB", "adapter MiB")
 """The columns of the table of costs."""
+IN_SHORT = {Verdict.SUPPORTED: "better", Verdict.CONTRADICTED: "worse"}
+"""The verdicts on a claim that a method is better. No other one shows anything."""
 
 
 def write(report: Report, file: Path) -> list[str]:
@@ -65,20 +72,30 @@ def check(file: Path) -> str:
         raise UserError(
             f"{file}: has no marks; write <!-- report: NAME --> and <!-- end of report -->; NAME is {names}"
         )
-    wrong = next((found["name"] for found in blocks if found["name"] not in (RUNS, *TABLES)), None)
+    wrong = next((found["name"] for found in blocks if not _is_known(found["name"])), None)
     if wrong is not None or text.count(START) != len(blocks):
         where = "" if wrong is None else f" {START}{wrong} -->:"
         raise UserError(f"{file}:{where} NAME must be one of {names}, and each mark needs its own end")
     return text
 
 
+def _is_known(name: str) -> bool:
+    """Whether a table has the name of a mark. That of the answer may go on with arms."""
+    return name in (RUNS, *TABLES) or name.startswith(f"{ANSWER} ")
+
+
 def filled(text: str, report: Report) -> str:
-    """The text with the report's tables between its marks, which are right (`check`)."""
+    """The text with the report's tables between its marks, which are right (`check`).
+
+    Raises:
+        UserError: a mark names an arm that has no runs.
+    """
 
     def block(found: re.Match[str]) -> str:
         body = f"{visible(report.summary())}\n"
         if found["name"] != RUNS:
-            table = TABLES[found["name"]](report)
+            name, _, arms = found["name"].partition(" ")
+            table = _answer(report, arms.split(", ")) if arms else TABLES[name](report)
             body = tables.pipe_table(table) if table.rows else "There are no runs for this table yet.\n"
         return f"{found['start']}{body}{found['end']}"
 
@@ -155,51 +172,67 @@ def _without_one_model(table: Table) -> Table:
     return table.at(range(1, len(table.columns)))
 
 
-def _answer(report: Report) -> Table:
-    """One row for each arm in at least half of its model's panels of shares: parameters, worth, verdict at equal size.
+def _answer(report: Report, names: Sequence[str] = ()) -> Table:
+    """One row for each arm: parameters, then its score and the verdict at equal size on each panel of shares.
 
-    The panels are the tasks on which the arms can be told apart.
+    The panels are the tasks on which the arms can be told apart. Without names, the arms are those in at least half of
+    their model's panels.
     """
-    worth = {(_of(row.group), row.group.setting, row.measure): row.worth for row in report.rows}
-    panels: dict[str, dict[str, SharePanel]] = defaultdict(dict)
+    places: dict[str, dict[str, SharePanel]] = defaultdict(dict)
     for panel in report.share_panels:
-        title = f"worth on {panel.reference.task_in_words}, {panel.measure.metric}"
-        panels[title][panel.reference.model] = panel
+        metric = "loss" if panel.measure.metric == TARGET_LOSS else panel.measure.metric
+        places[f"{panel.reference.task_in_words} {metric}"][panel.reference.model] = panel
     of_model = Counter(panel.reference.model for panel in report.share_panels)
-    shown = [arm.group for panel in report.share_panels for arm in panel.arms]
-    count = Counter(map(_of, shown))
-    rows = []
-    for name, group in sorted({_of(group): group for group in shown}.items(), key=lambda item: -item[1].params):
-        if 2 * count[name] >= of_model[group.model]:
-            places = [own.get(group.model) for own in panels.values()]
-            cells = [place and worth.get((name, place.reference.setting, place.measure)) for place in places]
-            rows.append([*name, group.params, *cells, _against_equal_size(report, name)])
-    columns = [
-        Column("model"),
-        Column("configuration"),
-        Column("rank", tables.WHOLE),
-        Column("parameters", tables.COUNT),
-        *(Column(name, tables.WORTH) for name in panels),
-        Column("better than LoRA of its size"),
-    ]
+    shown = Counter(_of(arm.group) for panel in report.share_panels for arm in panel.arms)
+    arms = {_of(row.group): row.group.params for row in report.rows}
+    known = [_adapter(arm) for arm in arms]
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"{START}{ANSWER}: there are no runs of {', '.join(unknown)}; choose from {', '.join(known)}")
+    scores = {(_of(row.group), row.group.setting, row.measure): row.score for row in report.rows}
+
+    def score(arm: tuple[str, str, int], panel: SharePanel) -> str | None:
+        found = scores.get((arm, panel.reference.setting, panel.measure))
+        return None if found is None else panel.measure.unit.number(found.value)
+
+    rows: list[list[object]] = []
+    for arm, params in sorted(arms.items(), key=lambda item: -item[1]):
+        if _adapter(arm) in names if names else shown[arm] and 2 * shown[arm] >= of_model[arm[0]]:
+            own = [panels.get(arm[0]) for panels in places.values()]
+            cells = [panel and score(arm, panel) for panel in own]
+            cells += [panel and _at_equal_size(report, arm, panel) for panel in own]
+            rows.append([arm[0], _adapter(arm), params, *cells])
+    heads = [*places, *(f"{place}: against LoRA of its size" for place in places)]
+    columns = [Column("model"), Column("adapter"), Column("trained parameters", tables.COUNT), *map(Column, heads)]
     return _without_one_model(Table("answer", "", columns, rows))
 
 
-def _against_equal_size(report: Report, name: tuple[str, str, int]) -> str | None:
-    """The verdicts on claims that an arm is better than an arm of about its size, or than the curve at its size."""
-    panels = {(panel.reference.setting, panel.measure) for panel in report.share_panels}
-    lora = {arm.group.name for panel in report.share_panels if panel.reference.label == BASELINE for arm in panel.curve}
-    found: dict[str, dict[str, None]] = {}
+def _adapter(arm: tuple[str, str, int]) -> str:
+    """The name of an arm in the table of answers, and in its mark."""
+    _, configuration, rank = arm
+    return f"{configuration} r {rank}"
+
+
+def _at_equal_size(report: Report, arm: tuple[str, str, int], panel: SharePanel) -> str | None:
+    """Whether an arm is better than LoRA of about its size, or than the curve at its size, by the claims about it.
+
+    A star marks what holds by Holm's procedure over all tests.
+    """
+    lora = {one.group.name for other in report.share_panels if other.reference.label == BASELINE for one in other.curve}
+    found: dict[str, None] = {}
     for answer in report.answers:
-        pair, measure = answer.pair, answer.measure
+        pair = answer.pair
         # Without a measure, a side may have no runs.
-        if measure is None or not isinstance(pair, Pair):
+        if (
+            answer.measure != panel.measure
+            or not isinstance(pair, Pair)
+            or pair.anchor.setting != panel.reference.setting
+        ):
             continue
-        is_asked = answer.claim.rule.margin is not None and (pair.anchor.setting, measure) in panels
         is_lora = all(group.name in lora for group in pair.comparator.groups)
-        if is_asked and is_lora and _of(pair.method) == name and is_near(pair.comparator.params, pair.method.params):
-            found.setdefault(answer.verdict.value, {})[f"{answer.task} {measure.metric}"] = None
-    return "; ".join(f"{verdict}: {', '.join(where)}" for verdict, where in found.items()) or None
+        is_of_its_size = is_near(pair.comparator.params, pair.method.params)
+        if answer.claim.rule.margin == 0 and is_lora and _of(pair.method) == arm and is_of_its_size:
+            found[IN_SHORT.get(answer.verdict, "not shown") + (" *" if answer.survives_holm else "")] = None
+    return ", ".join(found) or None
 
 
 def _cost(report: Report) -> Table:
@@ -212,7 +245,7 @@ def _cost(report: Report) -> Table:
 
 TABLES: dict[str, Callable[[Report], Table]] = {
     "verdicts": _verdicts,
-    "answer": _answer,
+    ANSWER: _answer,
     "scores": _scores,
     "cost": _cost,
 }
