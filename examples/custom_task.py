@@ -1,6 +1,6 @@
 """python examples/custom_task.py [OVERRIDE ...]: train and score a task of your own.
 
-Rows of your own need no class: task=rows takes files, templates and metrics by name (docs/tasks.md). A class is for
+Rows of your own need no class: task=rows takes files, templates and metrics by name (docs/own.md). A class is for
 rows that a program makes, and for scoring that no metric does. This one makes its own rows (write a word backwards),
 and scores the share of letters that stand in the right place. It takes the overrides of train.py; by default it trains
 a tiny random model for a few steps.

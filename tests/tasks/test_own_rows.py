@@ -13,7 +13,7 @@ import pytest
 from helpers.hostile import refused, snapshot
 from helpers.task_rows import GOOD, one_example
 from helpers.task_rows import task_option as built_in
-from helpers.tiny import folder_of, rows_of, tiny
+from helpers.tiny import folder_of, rows_of, saved_tiny, tiny
 
 from tiedlora.commands.fetch_data import main as fetch
 from tiedlora.config import compose
@@ -66,16 +66,19 @@ def tickets(tmp_path, monkeypatch) -> Path:
 # A run.
 
 
-def page_command() -> list[str]:
-    """The words of the command in docs/tasks.md."""
-    section = (PROJECT / "docs" / "tasks.md").read_text().partition("## Your rows\n")[2]
-    (command,) = re.findall(r"^    python train\.py (.*)$", section.partition("\n## ")[0], re.MULTILINE)
-    return shlex.split(command)
+PAGE = (PROJECT / "docs" / "own.md").read_text()
+
+
+def page_commands(heading: str, script: str) -> list[list[str]]:
+    """The words of the commands with this script below a heading of docs/own.md."""
+    section = PAGE.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return [shlex.split(words) for words in re.findall(rf"^    python {script} (.*)$", section, re.MULTILINE)]
 
 
 def test_the_command_of_the_page_trains_scores_and_verifies_and_leaves_the_code_clean(tickets, tmp_path, script):
+    (command,) = page_commands("Your rows", "train.py")
     before = git("status", "--porcelain")
-    words = [*page_command(), *TINY, "outputs=outputs", "cache=cache", "score.splits=[validation,test]"]
+    words = [*command, *TINY, "outputs=outputs", "cache=cache", "score.splits=[validation,test]"]
     code, out, _ = script("train.py", *words)
     assert (code, "exact_match" in out) == (0, True)
     assert git("status", "--porcelain") == before
@@ -104,6 +107,27 @@ def test_the_command_of_the_page_trains_scores_and_verifies_and_leaves_the_code_
     assert says in changed["data test"].explanation
     code, _, err = script("scripts/score.py", folder.path, "--split", "validation", "--again")
     assert (code, says in err) == (2, True)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tickets")
+def test_the_commands_of_the_page_compare_an_own_model_on_own_rows_with_lora(tmp_path, script):
+    saved_tiny("tiny_llama", tmp_path / "my-model")
+    (option,) = re.findall(r"^```yaml\n(# (conf/task/\w+\.yaml)\n.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    (tmp_path / option[1]).parent.mkdir(parents=True)
+    (tmp_path / option[1]).write_text(option[0])
+    heading = "Both together, compared with LoRA"
+    (sweep,) = page_commands(heading, "train.py")
+    code, _, err = script("train.py", *sweep, *TINY[1:], "outputs=outputs", "cache=cache", "tracking=none")
+    assert code == 0, err
+    assert len([*tmp_path.glob("outputs/*/result.json")]) == 6
+    (report,), (sides,) = (page_commands(heading, f"scripts/{name}.py") for name in ("report", "compare"))
+    assert script("scripts/report.py", *report)[0] == 0
+    assert (tmp_path / "report" / "index.html").is_file()
+    # The shell does what glob does.
+    words = [path for word in sides for path in (sorted(tmp_path.glob(word)) if "*" in word else [word])]
+    code, out, err = script("scripts/compare.py", *words)
+    assert (code, "exact_match" in out) == (0, True), err
 
 
 def test_the_id_has_the_rows_and_not_their_place(tickets, tmp_path):
