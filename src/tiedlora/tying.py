@@ -38,7 +38,7 @@ own is an option, and no name of an id: a later edit of it must not rename runs.
 RENAMED = {"TABuv_v0": "TABuv_v0 is TABuv now, and the start with B = 0 and v = 1 is TABuv_b0"}
 """An earlier name -> what a person who writes it must know."""
 LORA_ON_LAYERS = re.compile(r"LoRA_l([1-9]\d{0,2})", re.ASCII)
-"""The name of LoRA on so many evenly spaced layers. At rank 1 it is LoRA's curve below rank 1 (docs/results.md)."""
+"""The name of LoRA on so many evenly spaced layers. At rank 1 it is LoRA's curve below rank 1 (docs/statistics.md)."""
 LR_ON_LAYERS = 3e-2
 """Its suggested rate, at rank 1: the best of five on 15, 8 and 4 of 30 layers on gsm8k (second study)."""
 MOST_LAYERS = 10_000

@@ -1,4 +1,4 @@
-"""Intervals equal those of textbooks and of other libraries, and cover what docs/results.md says."""
+"""Intervals equal those of textbooks and of other libraries, and cover what docs/statistics.md says."""
 
 import functools
 import itertools
@@ -149,9 +149,9 @@ DOCUMENTED_DRAWS = 4000
 
 @functools.cache
 def documented() -> dict[tuple[str, int, float, int], float]:
-    """The table of docs/results.md: what each interval covers, by interval, rows, p and seeds."""
+    """The table of docs/statistics.md: what each interval covers, by interval, rows, p and seeds."""
     found = {}
-    for line in (PROJECT / "docs" / "results.md").read_text().splitlines():
+    for line in (PROJECT / "docs" / "statistics.md").read_text().splitlines():
         if row := re.fullmatch(r"\| ([\w ]+) \| ([\d,]+) \| ([\d.]+) \|(.*)\|", line):
             for seeds, cell in zip((1, 2, 3, 5), row[4].split("|"), strict=True):
                 if cell.strip():

@@ -192,7 +192,7 @@ WORLDS = [
 
 
 def chance_above(share, draws):
-    """Three Monte Carlo standard errors above a share. The 100,000 draws of docs/results.md have 0.2 points."""
+    """Three Monte Carlo standard errors above a share. The 100,000 draws of docs/statistics.md have 0.2 points."""
     return share + 3 * np.sqrt(share * (1 - share) / draws)
 
 

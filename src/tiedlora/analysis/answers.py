@@ -1,7 +1,7 @@
 """The answer of the runs to each claim, for every model and task.
 
-docs/results.md (Claims) says when each verdict is given: at the first planned look that decides, which later seeds do
-not change.
+docs/statistics.md (Claims) says when each verdict is given: at the first planned look that decides, which later seeds
+do not change.
 """
 
 from __future__ import annotations

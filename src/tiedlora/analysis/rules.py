@@ -4,7 +4,7 @@ m, q and f are the scores of method, comparator and zero point on the same rows;
 contrasts, tables of seeds x rows that are linear in m, q and f. A claim is supported if the interval of every contrast
 (`intervals.both_interval`) is above 0, and contradicted if one is below 0; every rule but `better_by` needs q - f above
 0 too. All rules accept leading axes, so that the simulations of their errors (benchmarks/verdicts.py) use the same
-code. docs/results.md has the figures, and why looks are planned.
+code. docs/statistics.md has the figures, and why looks are planned.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DRAWS = 4000
 """A simulated chance of 50 % is known to within 1.6 points (95 %)."""
 FUTILE = 0.02
 """A plan is futile if the chance of a decision at a later look is below this. In simulations, to stop there loses at
-most 0.4 % of right verdicts, but 8 % in the setting where only 1 plan in 5 decides (docs/results.md)."""
+most 0.4 % of right verdicts, but 8 % in the setting where only 1 plan in 5 decides (docs/statistics.md)."""
 
 
 @dataclass(frozen=True)

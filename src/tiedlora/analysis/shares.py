@@ -1,6 +1,6 @@
 """Shares of a gain, for two figures: what each claim's method keeps, and what every arm keeps beside its parameters.
 
-0 is the zero point (the base model, or a claim's floor), and 1 the comparator. docs/results.md (The page) has the rest.
+0 is the zero point (the base model, or a claim's floor), and 1 the comparator. docs/results.md has the rest.
 """
 
 from __future__ import annotations
