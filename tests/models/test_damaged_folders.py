@@ -242,6 +242,11 @@ def test_a_tied_head_and_the_buffers_of_a_model_are_no_mistake(tmp_path):
     masks = {f"{name}.bias": torch.ones(1, 1, 16, 16), f"{name}.masked_bias": torch.tensor(-1e9)}
     weights(lambda tensors: tensors | masks)(tmp_path / "neo")
     base_model._from_pretrained(tmp_path / "neo")
+    # Files of the model without its head do not begin the names with that of the model.
+    neo.transformer.save_pretrained(tmp_path / "bare")
+    bare = {key.removeprefix("transformer."): mask for key, mask in masks.items()}
+    weights(lambda tensors: tensors | bare)(tmp_path / "bare")
+    base_model._from_pretrained(tmp_path / "bare")
     weights(lambda tensors: tensors | {f"{name}.q_proj.bias": torch.zeros(32)})(tmp_path / "neo")
     with pytest.raises(UserError, match=r"1 unknown \(transformer\.h\.0\.attn\.attention\.q_proj\.bias\)"):
         base_model._from_pretrained(tmp_path / "neo")
