@@ -88,7 +88,7 @@ SWEEPS = {
     "an axis of Hydra's": ("hydra.job.name=a,b", "Sweeping over Hydra's configuration is not supported"),
     "an axis of empty mappings": ("tying=RaSA 'tying.terms={},null'", "tying.terms={}: an empty mapping is merged"),
     "an axis of one run": ("score.splits=[test],[validation]", "score.splits: does not change what a run is, so"),
-    "an arm that is none": ("arm=LoRAx@r1,TA@r8", "cell tying=LoRAx rank.r=1: tying=LoRAx: no such option; choose one"),
+    "an arm that is none": ("arm=LoRAx@r1,TA@r8", "tying=LoRAx rank.r=1: tying=LoRAx: no such option; choose one"),
     "a rank that is none": ("arm=LoRA@r1,TA@big", "arm=TA@big: must be TYING@rRANK, and several are an axis, as in"),
     "a rank beyond the model": ("arm=LoRA@r1,TA@r4000", "rank.r=4000: is more than a projection's smaller side"),
     "a list of arms": ("arm=[LoRA@r1,TA@r8]", "arm=[LoRA@r1,TA@r8]: must be TYING@rRANK, and several are an axis"),

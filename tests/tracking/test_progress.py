@@ -102,8 +102,9 @@ def test_a_run_says_that_it_loads_validates_and_is_in_its_first_step(tiny_config
     slow(trainer, "row_losses")
     slow(trainer, "target_loss")
     monkeypatch.setattr(loading, "_BASE", SingleSlotCache())
-    run.main(tiny_config())
+    config = tiny_config()
+    run.main(config)
     said = impatient_log.text
-    assert "loading random/tiny_llama: 0:00 so far" in said or "loading tiny_llama: 0:00 so far" in said
+    assert f"loading {config.model.name}: 0:00 so far" in said
     for moment in ("0 of 6 steps, validation", "0 of 6 steps, first step", "1 of 6 steps"):
         assert f"training: {moment}" in said

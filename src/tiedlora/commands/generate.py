@@ -102,7 +102,8 @@ def typed_prompts(field: str) -> Iterator[str]:
     Raises:
         UserError: a line is not UTF-8.
     """
-    print("An empty line or Ctrl-D ends.", file=sys.stderr)
+    if sys.stdin.isatty():
+        print("An empty line or Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
             text = input(f"{field}> ")
