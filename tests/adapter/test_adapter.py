@@ -157,12 +157,12 @@ def test_an_adapter_on_a_model_says_in_one_line_what_it_is():
     """Not the whole model, which is what a notebook showed."""
     attached = attach(tiny("tiny_llama").model, "TABuv", 4)
     trained = sum(part.numel() for part in attached.trained_parts().values())
-    about = f"<TABuv r=4, {trained:,} trained parameters, %s, of LlamaForCausalLM>"
-    assert repr(attached) == about % "on"
+    about = f"<TABuv r=4 on LlamaForCausalLM: {trained:,} trained parameters, %s>"
+    assert repr(attached) == about % "active"
     attached.merge()
     assert repr(attached) == about % "merged"
     attached.disable()
-    assert repr(attached) == about % "off"
+    assert repr(attached) == about % "disabled"
 
 
 def test_a_replica_of_data_parallel_is_refused(ids):

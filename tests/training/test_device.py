@@ -83,8 +83,8 @@ def test_a_run_without_a_number_of_threads_has_torchs_own_also_after_one_with():
 @pytest.mark.parametrize(
     ("threads", "busy", "says"),
     [
-        (2, 1.4, "2 threads, and other programs keep 1.4 of 2 cores busy: .* train.threads=1 may be much faster"),
-        (4, 0.0, "4 threads, and other programs keep 0.0 of 2 cores busy: .* train.threads=2 may be much faster"),
+        (2, 1.4, "2 threads on 2 cores, of which others use 1.4: train.threads=1 may be much faster"),
+        (4, 0.0, "4 threads on 2 cores, of which others use 0.0: train.threads=2 may be much faster"),
         (2, 0.3, None),
         # With one, there is nothing to do about it.
         (1, 2.0, None),

@@ -85,9 +85,9 @@ class Attached(Arm):
     @override
     def __repr__(self) -> str:
         parameters = sum(part.numel() for part in self.trained_parts().values())
-        state = "merged" if self.merged else "on" if self.active else "off"
+        state = "merged" if self.merged else "active" if self.active else "disabled"
         name, rank, model = self.adapter.tying.name, self.adapter.rank, type(self.model).__name__
-        return f"<{name} r={rank}, {parameters:,} trained parameters, {state}, of {model}>"
+        return f"<{name} r={rank} on {model}: {parameters:,} trained parameters, {state}>"
 
     @property
     def active(self) -> bool:

@@ -127,11 +127,10 @@ def watched_cores(device: torch.device) -> Iterator[None]:
     if threads - (cores - used) > 0.5:
         free = max(1, round(cores - used))
         log.info(
-            "%d threads, and other programs keep %.1f of %d cores busy: threads would wait for each other; "
-            "train.threads=%d may be much faster",
+            "%d threads on %d cores, of which others use %.1f: train.threads=%d may be much faster",
             threads,
-            used,
             cores,
+            used,
             free,
         )
 
