@@ -299,9 +299,9 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise ValueError(f"line {node.start_mark.line + 1}: the key {twice!r:.60} stands twice")
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, count in counts.items() if count > 1]:
+            raise ValueError(f"line {node.start_mark.line + 1}: the key {twice[0]!r:.60} stands twice")
         return cast(dict[Any, Any], super().construct_mapping(node, deep))
 
 

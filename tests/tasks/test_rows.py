@@ -5,6 +5,7 @@ import datetime
 import hashlib
 import json
 import math
+import time
 import zipfile
 from dataclasses import replace
 
@@ -81,6 +82,17 @@ def test_a_number_of_yaml_is_what_hydra_would_read(text, tmp_path):
     found = storage.read_yaml(tmp_path / "claims.yaml")["value"]
     expected = OmegaConf.load(tmp_path / "claims.yaml").value
     assert (type(found), found) == (type(expected), expected)
+
+
+def test_a_key_of_yaml_stands_once_and_many_keys_take_no_time(tmp_path):
+    (tmp_path / "claims.yaml").write_text("'': 1\n'': 2\n")
+    with pytest.raises(UserError, match="the key '' stands twice"):
+        storage.read_yaml(tmp_path / "claims.yaml")
+    (tmp_path / "claims.yaml").write_text("".join(f"k{number}: 1\n" for number in range(40_000)))
+    started = time.monotonic()
+    assert len(storage.read_yaml(tmp_path / "claims.yaml")) == 40_000
+    # A comparison of each key with each other one took half a minute.
+    assert time.monotonic() - started < 15
 
 
 def test_iwslt_pairs_come_out_of_the_official_zip(tmp_path, monkeypatch):
