@@ -38,7 +38,7 @@ def rows_not_packed() -> Iterator[None]:
     positions start again at 0), and Python waits for the answer.
     """
     find = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda *_: None
+    masking_utils.find_packed_sequence_indices = lambda *_, **__: None
     try:
         yield
     finally:
@@ -132,7 +132,13 @@ def _backward(ctx: Any, gradient: Tensor) -> Tensor:
 
 _opaque_softmax.register_fake(lambda scores: torch.empty_like(scores))
 _opaque_softmax_backward.register_fake(lambda _gradient, weights: torch.empty_like(weights))
-_opaque_softmax.register_autograd(_backward, setup_context=lambda ctx, _inputs, output: ctx.save_for_backward(output))
+
+
+def _keep_output(ctx: Any, inputs: Any, output: Tensor) -> None:  # noqa: ARG001  torch gives both by their names
+    ctx.save_for_backward(output)
+
+
+_opaque_softmax.register_autograd(_backward, setup_context=_keep_output)
 
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, mask)
