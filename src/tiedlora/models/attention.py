@@ -134,7 +134,7 @@ _opaque_softmax.register_fake(lambda scores: torch.empty_like(scores))
 _opaque_softmax_backward.register_fake(lambda _gradient, weights: torch.empty_like(weights))
 
 
-def _keep_output(ctx: Any, inputs: Any, output: Tensor) -> None:  # noqa: ARG001  torch gives both by their names
+def _keep_output(ctx: Any, inputs: Any, output: Tensor) -> None:  # noqa: ARG001  (torch gives it by name)
     ctx.save_for_backward(output)
 
 
