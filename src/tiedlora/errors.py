@@ -15,9 +15,12 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TextIO, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -26,6 +29,26 @@ class UserError(Exception):
     The message is one line: it names the key or file, what is wrong, what is allowed, and what to do.
     Commands print it without a traceback and exit with code 2. Every other exception is a bug and keeps its traceback.
     """
+
+
+def made_once(made: dict[K, T | UserError], key: K, make: Callable[[], T]) -> T:
+    """What `make` gives, made at the first call with this key. A mistake is remembered as well.
+
+    Args:
+        made: what was made earlier, by key.
+
+    Raises:
+        UserError: that of `make`, at each call.
+    """
+    if key not in made:
+        try:
+            made[key] = make()
+        except UserError as error:
+            made[key] = error
+    found = made[key]
+    if isinstance(found, UserError):
+        raise found
+    return found
 
 
 class Diverged(UserError):

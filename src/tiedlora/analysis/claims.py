@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -282,8 +283,9 @@ def check_names(
             if not is_named(name) and name not in known:
                 raise UserError(f"{where}: {key}.{own_key}={name:.80}: {NO_SUCH} tying{nearest(name, known)}")
         for key in claim.where:
-            if key not in (keys := leaves(identity(compose.compose_config([])))):
-                raise UserError(f"{where}: where: {key:.80}: is no key that decides a run{nearest(key, keys)}")
+            if key not in _deciding_keys():
+                meant = nearest(key, _deciding_keys())
+                raise UserError(f"{where}: where: {key:.80}: is no key that decides a run{meant}")
         for task, metric in claim.tasks.items():
             if task not in tasks:
                 raise UserError(f"{where}: tasks: {task:.80}: {NO_SUCH} task{nearest(task, tasks)}")
@@ -291,6 +293,12 @@ def check_names(
             if metric and names and metric not in names:
                 known_names = f"it has {', '.join(sorted(names))}{nearest(metric, names)}"
                 raise UserError(f"{where}: tasks: {task} has no metric {metric:.80}; {known_names}")
+
+
+@functools.cache
+def _deciding_keys() -> tuple[str, ...]:
+    """The keys of a configuration that decide what a run is."""
+    return tuple(leaves(identity(compose.compose_config([]))))
 
 
 def _own_metrics(task: str) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from tiedlora import storage
 from tiedlora.config.schema import ModelConfig
-from tiedlora.errors import UserError, is_out_of_memory
+from tiedlora.errors import UserError, is_out_of_memory, made_once
 from tiedlora.families import layout_of
 from tiedlora.keys import MISSING, from_person
 from tiedlora.text import is_name
@@ -134,14 +134,7 @@ def unloaded_model(model: ModelConfig, path: Path | None) -> Any:
     file = path if path is None or path.is_file() else path / "config.json"
     state = file.stat() if file and file.exists() else None
     key = (path, model.name, model.revision, state and (state.st_mtime_ns, state.st_size))
-    if key not in _UNLOADED:
-        try:
-            _UNLOADED[key] = _unloaded(path, model)
-        except UserError as error:
-            _UNLOADED[key] = error
-    if isinstance(found := _UNLOADED[key], UserError):
-        raise found
-    return found
+    return made_once(_UNLOADED, key, lambda: _unloaded(path, model))
 
 
 def _unloaded(path: Path | None, model: ModelConfig) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from tiedlora import other_methods
 from tiedlora import tying as spec
 from tiedlora.config.schema import Config
-from tiedlora.errors import UserError
+from tiedlora.errors import UserError, made_once
 from tiedlora.families import layout_of
 from tiedlora.other_methods import TyingConfig
 from tiedlora.tying import Architecture
@@ -169,14 +169,7 @@ def _peft_params(tying: TyingConfig, architecture: Architecture) -> int | None:
     """
     values = [tying.method, tying.resolved, tying.targets, tying.layers, asdict(architecture)]
     key = json.dumps(values, sort_keys=True)
-    if key not in _COUNTS:
-        try:
-            _COUNTS[key] = _count(tying, architecture)
-        except UserError as error:
-            _COUNTS[key] = error
-    if isinstance(found := _COUNTS[key], UserError):
-        raise found
-    return found
+    return made_once(_COUNTS, key, lambda: _count(tying, architecture))
 
 
 def _count(tying: TyingConfig, architecture: Architecture) -> int | None:
