@@ -17,7 +17,7 @@ from tiedlora.training import signals
 
 COMMANDS = {
     "train": ("one run; with --multirun, a sweep of many", "tying=TABuv task=chain_sum train.steps=100"),
-    "generate": ("try a finished run, with base and adapted model side by side", "RUN --prompt '41 + 27 = ?'"),
+    "generate": ("try a finished run, with base and adapted model side by side", "RUN --prompt '41 + 27 ='"),
     "score": ("score more of a finished run, such as its test rows", "RUN --split test"),
     "export": ("a finished run for other programs: PEFT, merged weights, a card", "RUN --to peft"),
     "verify": ("does a finished run agree with its record?", "RUN"),
