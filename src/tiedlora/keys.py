@@ -166,6 +166,7 @@ def reason(error: ErrorDetails) -> str:
         choices = listed[1].split("|")
         return f"choose one of {', '.join(choices)}{nearest(str(error['input']), choices)}"
     message = re.sub("^[A-Z][a-z]+ should ", "must ", error["msg"]).replace(" after validation", "")
+    message += ", as in [A,B]" if error["type"] == "list_type" else ""
     choices = re.findall("'(.*?)'", message) if error["type"] == "literal_error" else []
     return message + nearest(str(error["input"]), choices)
 

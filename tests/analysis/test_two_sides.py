@@ -319,7 +319,7 @@ MISTAKES = {
     "three": ("a.jsonl b.jsonl a.jsonl", "takes two, A B"),
     "a side alone": ("--a a.jsonl", "takes two, A B"),
     "the same": ("a.jsonl a.jsonl", "a.jsonl: is in A and in B"),
-    "no file": ("a.jsonl nowhere.jsonl", "nowhere.jsonl: is missing"),
+    "no file": ("a.jsonl nowhere.jsonl", "nowhere.jsonl: no such folder or file; give a run's folder, a file of rows"),
     "an empty path": ("a.jsonl ''", "A B: is empty"),
     "other rows": ("a.jsonl fewer.jsonl", "fewer.jsonl: lacks 3 rows of a.jsonl, such as 7; score both on the same"),
     "more rows": ("fewer.jsonl a.jsonl", "fewer.jsonl: lacks 3 rows of a.jsonl, such as "),
@@ -328,7 +328,11 @@ MISTAKES = {
     "no JSON": ("a.jsonl prose.txt", "prose.txt:1: is no JSON"),
     "a list": ("a.jsonl list.json", "list.json:1: is no JSON object; a row is such as"),
     "no id": ("a.jsonl nameless.jsonl", "nameless.jsonl:1: has neither an id nor a doc_hash"),
-    "no score": ("a.jsonl scoreless.jsonl", "scoreless.jsonl:1: has no score"),
+    "no score": ("a.jsonl scoreless.jsonl", "scoreless.jsonl:1: has no score, a finite number, true or false (id: 1,"),
+    "a score of no number": (
+        "a.jsonl nan.jsonl",
+        "nan.jsonl:2: has no score, a finite number, true or false (id: 1, co",
+    ),
     "a folder without scores": ("a.jsonl folder", "folder: has no scores (inner: not a run: it holds none of a run's"),
     "two models": ("a.jsonl HARNESS", "lm_eval: has the outputs of smollm2, tiny; give the folder of one of them"),
     "another task": ("HARNESS/tiny run", "no task in common: A has sums_choice, sums_written, B has chain_sum"),
@@ -346,7 +350,11 @@ MISTAKES = {
         "--cluster article: is no field of a.jsonl:1, which has id",
     ),
     "a cluster of a run": ("run a.jsonl --cluster article", "is of runs, which name their clusters themselves"),
-    "another split": ("run run2 --split test", "no metric in common of chain_sum on test"),
+    "another split": ("run run2 --split test", "score.py run --split test` scores one"),
+    "a split of files": ("a.jsonl b.jsonl --split test", "--split test: is of runs, and A and B are files; leave it"),
+    "runs with a direction": ("run run2 --lower-is-better", "--lower-is-better: is of files, and A and B are runs"),
+    "a split that is none": ("run run2 --split dev", "argument --split: invalid choice: 'dev' (choose from"),
+    "an option that is none": ("run run2 --metrics f1", "unrecognized arguments: --metrics f1; `compare.py --help` "),
     "two arms on a side": ("--a run arm --b run2", "A: a side is one arm, and run has"),
     "a seed twice": ("--a run copy --b run2", "A: seed 0 is there twice, run and copy; give one of them"),
     "a file twice": ("--a a.jsonl a.jsonl --b c1.jsonl c2.jsonl", "A: a.jsonl is there twice; give each seed once"),
@@ -369,6 +377,7 @@ def place(tmp_path, monkeypatch):
     write_rows(Path("holes.jsonl"), [{"id": i, "length": 1, **({"correct": 1} if i != 3 else {})} for i in range(10)])
     write_rows(Path("nameless.jsonl"), [{"correct": 1}])
     write_rows(Path("scoreless.jsonl"), [{"id": 1, "text": "x"}])
+    write_rows(Path("nan.jsonl"), [{"id": i, "correct": float("nan") if i else 1.0} for i in range(10)])
     for name in ("one", "one2"):
         scored(Path(f"{name}.jsonl"), [1])
     Path("empty.jsonl").write_text("\n")

@@ -1,6 +1,7 @@
 """A model of one's own by one key: its folder, its GGUF file, or its name on the hub; and mistakes at this door."""
 
 import json
+import logging
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +10,7 @@ import huggingface_hub.constants
 import pytest
 from helpers.hostile import snapshot
 from helpers.tiny import composed, model_option, saved_tiny
-from transformers import AutoModelForCausalLM, OPTConfig, T5Config
+from transformers import AutoModelForCausalLM, BertConfig, OPTConfig, T5Config
 
 from tiedlora import storage
 from tiedlora.config import compose, own_model
@@ -101,9 +102,7 @@ class TestOneKey:
     def test_params_counts_no_other_model(self, script):
         code, out, err = script("scripts/params.py", "model=llama2_7b", "model.path=mine")
         assert (code, out) == (2, "")
-        assert (
-            f"; write into its option of conf/model: architecture: {ARCHITECTURE}; or name it without an option" in err
-        )
+        assert f"; write into its option of conf/model: architecture: {ARCHITECTURE}; or leave out the option" in err
         assert err.count("(it has ") == 7, "all differences: only the family is the same"
         code, out, err = script("scripts/params.py", "model.name=no/such-model")
         assert (code, out, len(err.splitlines())) == (2, "", 1)
@@ -169,6 +168,17 @@ def plain(_folder):
     pass
 
 
+def more_tokens(folder):
+    values = storage.read_json(folder / "tokenizer.json")
+    vocabulary = values["model"]["vocab"]
+    vocabulary |= {f"more{number}": 260 + number for number in range(500)}
+    storage.write_json(folder / "tokenizer.json", values)
+
+
+def encoder_alone(folder):
+    BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64).save_pretrained(folder)
+
+
 def other_family(folder):
     settings = OPTConfig(vocab_size=257, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64)
     settings.save_pretrained(folder)
@@ -222,6 +232,11 @@ MISTAKES = {  # what is changed in the folder `mine`, the words, and what the li
         "family=opt: its layout is unknown; known are gemma, gemma2, gemma3_text, gpt2, gpt_neox, llama, mistral, "
         "olmo2, phi3, qwen2, qwen3, smollm3; its linear layers are model.decoder.layers.*.self_attn.k_proj (32 x 32)",
     ),
+    "heads that do not fit": (
+        lambda folder: change(folder, num_attention_heads=7),
+        "model.path=mine",
+        "for validator 'validate_architecture': ValueError: The hidden size (32) is not a multiple of",
+    ),
     "an encoder and a decoder": (
         lambda folder: T5Config(num_layers=1).save_pretrained(folder),
         "model.path=mine",
@@ -230,12 +245,28 @@ MISTAKES = {  # what is changed in the folder `mine`, the words, and what the li
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
         "model.path=mine",
-        "mine: must be a folder with config.json, tokenizer.json and *.safetensors",
+        "mine: has no *.safetensors, and must be a folder with config.json, tokenizer.json and *.safetensors, as save",
+    ),
+    "weights that can run code": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        "model.path=mine",
+        "; pytorch_model.bin is not read, because such a file can run code: save the model again",
+    ),
+    "half of the weights": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"1234"),
+        "model.path=mine",
+        "mine: its weights cannot be loaded (SafetensorError: Error while deserializing header: header too small). "
+        "Restore the files of this folder",
     ),
     "no tokenizer": (
         lambda folder: [file.unlink() for file in folder.glob("tokenizer*")],
         "model.path=mine",
-        "mine: cannot be loaded (",
+        "mine: its tokenizer cannot be loaded (ValueError: Couldn't instantiate the backend tokenizer from one of: (1)",
+    ),
+    "a tokenizer of another model": (
+        more_tokens,
+        "model.path=mine",
+        "its tokenizer has 500 tokens beyond the model's 260 embeddings (such as 'more0'), so it belongs to another",
     ),
     "an empty path": (plain, "model.path=", "model.path=: is empty; give a text, or leave it out"),
     "a path that names nothing": (plain, "model.path=/", "model.path=/: "),
@@ -251,6 +282,15 @@ MISTAKES = {  # what is changed in the folder `mine`, the words, and what the li
         "model=llama2_7b model.path=mine",
         "is not the model of these numbers: layers=32 (it has 3), hidden=4096 (it has 32), heads=32 (it has 4), ",
     ),
+    "a number of another model": (
+        plain,
+        "model.path=mine model.architecture.layers=5",
+        "layers=5 (it has 3); write into its option of conf/model: architecture: "
+        + ARCHITECTURE
+        + "; or leave out the "
+        "option and the numbers",
+    ),
+    "a home folder": (plain, "model.path=~/mine", "; write $HOME in place of ~, which a shell replaces only at the"),
     "another mistake beside it": (no_json, "model.path=mine seed=-1", "seed=-1: must be greater than"),
 }
 
@@ -266,6 +306,21 @@ def test_a_mistake_is_one_line_and_leaves_nothing(what, mine, script):
     # The cache remembers digests.
     after = {name: held for name, held in snapshot(mine.parent).items() if not name.startswith("cache")}
     assert after == before
+
+
+def test_a_warning_of_transformers_stands_beside_no_mistake(mine):
+    encoder_alone(mine)
+    library, said = logging.getLogger("transformers"), list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    library.setLevel(logging.WARNING)
+    library.addHandler(handler)
+    try:
+        with pytest.raises(UserError, match=r"family=bert: its layout is unknown"):
+            compose.compose_config(["model.path=mine"])
+    finally:
+        library.removeHandler(handler)
+    assert said == []
 
 
 @pytest.mark.usefixtures("mine")

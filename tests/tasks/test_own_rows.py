@@ -1,6 +1,7 @@
 """task=rows: files, templates and metrics by name; what is cut from one file; and mistakes, each in one line."""
 
 import csv
+import io
 import json
 import re
 import shlex
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet
 import pytest
 from helpers.hostile import refused, snapshot
 from helpers.task_rows import GOOD, one_example
@@ -342,6 +344,14 @@ def test_chat_messages_are_asked_with_the_chat_template():
 
 # Mistakes.
 
+
+def parquet(**columns: list) -> str:
+    file = io.BytesIO()
+    # Other than that of datasets, it writes a group of no rows.
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    return file.getvalue().decode("latin-1")
+
+
 PLAIN = "text,topic\nx,a\ny,b\nz,c\n"
 FILE_MISTAKES = {  # name of the file, its content, more words -> what the message says
     "no file": ("a.csv", None, "", "task.files.train=", "a.csv: is missing; give a file that is here"),
@@ -369,6 +379,31 @@ FILE_MISTAKES = {  # name of the file, its content, more words -> what the messa
     ),
     "lines of no JSON": ("a.jsonl", PLAIN, "", "a.jsonl:1: is not valid JSON"),
     "a list of objects": ("a.json", "[]", "", "a.json:1: must be a JSON object, not list; write one in each line"),
+    "a table of semicolons": (
+        "a.csv",
+        PLAIN.replace(",", ";"),
+        "",
+        "a.csv:1: has a semicolon between its columns, and a .csv has a comma; save it with a comma",
+    ),
+    "a table of tabs": (
+        "a.csv",
+        PLAIN.replace(",", "\t"),
+        "",
+        "a.csv:1: has a tab between its columns, and a .csv has a comma; name the file .tsv, or save it",
+    ),
+    "a list over several lines": (
+        "a.json",
+        '[\n{"text": "x", "topic": "a"}\n]',
+        "",
+        "a.json:1: is JSON over several lines; write each row as an object in one line",
+    ),
+    "a value that pandas misses": (
+        "a.jsonl",
+        '{"text": "x", "topic": NaN}\n',
+        "",
+        "a.jsonl:1: the field 'topic' is NaN, and a template takes a text or a number",
+    ),
+    "an empty parquet": ("a.parquet", parquet(text=[], topic=[]), "", "a.parquet: holds no rows"),
     "no parquet": ("a.parquet", PLAIN, "", "a.parquet: cannot be read as Parquet ("),
     "another kind of file": ("a.xlsx", PLAIN, "", "must end in one of .jsonl, .json, .csv, .tsv, .parquet"),
     "a null": ("a.jsonl", '{"text": null, "topic": "a"}\n', "", "a.jsonl:1: the field 'text' is null, and a template"),
@@ -434,6 +469,14 @@ MISTAKES = {  # more words -> what the message says; the rows are right
     "no rows": ("task.files=null task.files={train: null}", "task.files: names no file; give task.files=FILE"),
     "no prompt": ("task.prompt=''", "task.prompt: is empty; write a template over the columns of your rows"),
     "no target": ("task.target=''", "task.target: is empty; write a template over the columns of your rows"),
+    "a target for all": (
+        "task.target='topic'",
+        "task.target='topic': names no field of a row, so every answer would be",
+    ),
+    "one metric": (
+        "task.metrics=bleu",
+        "task.metrics=bleu: must be a valid list, as in [A,B]. The metrics of task=rows",
+    ),
     "no metric": ("task.metrics=[]", "task.metrics: names no metric; choose from exact_match, token_f1, rouge1"),
     "a metric that is none": (
         "task.metrics=[exactmatch]",
@@ -456,6 +499,22 @@ MISTAKES = {  # more words -> what the message says; the rows are right
     "an attribute": ("task.prompt='{text.upper}'", "a.csv:2: the template needs the field 'text.upper', which is miss"),
     "a prompt that tells": ("task.prompt='{text} {topic}'", "the model would be told its answer"),
     "messages and templates": ("task.messages=text", "task.messages: its last message is the target"),
+    "a test file beside the only file": (
+        "task.files.test=b.csv",
+        "task.files.test: task.files=FILE is the only file, from which validation and test are cut; with others, each "
+        "is named: task.files.train=FILE task.files.test=FILE",
+    ),
+    "the only file after a test file": (
+        "task.files={test: b.csv} task.files.test=b.csv task.files=a.csv",
+        "task.files.test: task.files=FILE is the only file",
+    ),
+    "a list of files": ("task.files=[a.csv,b.csv]", "task.files: takes no list, but {NAME: VALUE, NAME: VALUE}"),
+    "files without names": ("task.files={a.csv, b.csv}", "; a mapping is 'KEY={NAME: VALUE, NAME: VALUE}'"),
+    "files and the hub": ("task.hub.id=org/name", "task.hub.id=org/name: task.files names the rows; leave one of them"),
+    "a file for an option": (
+        "task=a.csv",
+        "task=a.csv: no such option; rows of your own are task=rows task.files=a.csv",
+    ),
     "a split that is none": ("task.files={tests: a.csv}", "task.files.tests", "did you mean task.files.test?"),
     "a split that is missing": (
         "task.files={train: a.csv, validation: b.csv} score.splits=[test]",

@@ -169,7 +169,10 @@ def _parsed(path: Path, cluster: str | None) -> Iterator[_Row]:
             raise UserError(f"{where}: has neither an id nor a doc_hash, which is a text or a whole number; {ADVICE}")
         says_metrics, scores = _scores(tree)
         if not scores:
-            raise UserError(f"{where}: has no score; {ADVICE}")
+            has = ", ".join(
+                f"{_shown(name)}: {visible(str(value)):.40}" for name, value in list(tree.items())[:LONGEST_LIST]
+            )
+            raise UserError(f"{where}: has no score, a finite number, true or false ({has}); {ADVICE}")
         doc_id = str(tree.get("doc_id", "")) if "id" not in tree else ""
         own_filter = tree.get("filter") if says_metrics else None
         cluster_name = "" if cluster is None else _cluster(where, tree, cluster)

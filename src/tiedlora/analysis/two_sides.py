@@ -32,6 +32,7 @@ from tiedlora.text import counted, nearest, number_list
 
 Output = Run | RowFile
 """What was scored of one model: of one task and one seed."""
+SIDES = "give a run's folder, a file of rows (JSON Lines), or an output of lm_eval --log_samples"
 Answer = Literal["better", "worse", "not shown"]
 
 
@@ -114,6 +115,8 @@ def read_side(name: str, paths: Sequence[Path], cluster: str | None = None) -> S
 
 
 def _read(path: Path, cluster: str | None) -> Sequence[Output]:
+    if not path.exists():
+        raise UserError(f"{path}: no such folder or file; {SIDES}")
     if not path.is_dir():
         return [read_row_file(path, cluster)]
     if samples := read_samples(path, cluster):
@@ -121,7 +124,7 @@ def _read(path: Path, cluster: str | None) -> Sequence[Output]:
     runs, left_out = read_runs(run_roots([path]))
     if not runs:
         found = f" ({left_out[0].path.name}: {left_out[0].reason})" if left_out else ""
-        raise UserError(f"{path}: has no scores{found}; give a run, a file of rows, or an output of lm_eval")
+        raise UserError(f"{path}: has no scores{found}; {SIDES}")
     if cluster is not None:
         raise UserError(f"--cluster {cluster}: {path} is of runs, which name their clusters themselves; leave it out")
     return runs
@@ -154,6 +157,11 @@ def compare_sides(
     """
     if twice := {path.resolve() for path in a.paths} & {path.resolve() for path in b.paths}:
         raise UserError(f"{min(twice)}: is in A and in B; give two that differ")
+    outputs = [output for side in (a, b) for own in side.tasks.values() for output in own]
+    if split and not any(isinstance(output, Run) for output in outputs):
+        raise UserError(f"--split {split}: is of runs, and A and B are files; leave it out")
+    if lower and not any(isinstance(output, RowFile) for output in outputs):
+        raise UserError("--lower-is-better: is of files, and A and B are runs, whose losses are known; leave it out")
     tests, book, offered = list[PairedTest](), Scorebook(), dict[str, None]()
     for task, first, second in _common_tasks(a, b):
         ours, theirs, notes = _paired(task, second, first)
@@ -164,9 +172,8 @@ def compare_sides(
             notes.append(f"other metrics: {listed(common[1:])} (--metric)")
         tests += [_test(task, Measure(chosen, metric), ours, theirs, notes, lower, book) for metric in compared]
     if absent := [metric for metric in metrics if all(test.metric != metric for test in tests)]:
-        every = (output for side in (a, b) for outputs in side.tasks.values() for output in outputs)
         why = f"no such metric{nearest(absent[0], offered)}; A and B have {listed(offered)}"
-        raise UserError(f"--metric {absent[0]}: {_unreadable(absent[0], every) or why}")
+        raise UserError(f"--metric {absent[0]}: {_unreadable(absent[0], outputs) or why}")
     return [replace(test, holds=holds) for test, holds in zip(tests, rules.holm([t.p for t in tests]), strict=True)]
 
 
@@ -242,7 +249,9 @@ def _metrics(
         described = "; ".join(dict.fromkeys(f"{name} has {listed(names)}" for name, _, names in lists))
         files = [output for _, output, _ in lists if isinstance(output, RowFile)]
         why = next((why for file in files for why in file.rows.unreadable.values()), "")
-        raise UserError(f"no metric in common{where}: {described}{f' ({why})' if why else ''}")
+        unscored = next((output for _, output, names in lists if isinstance(output, Run) and not names), None)
+        advice = f"; `python scripts/score.py {unscored.path} --split {split}` scores one" if unscored else ""
+        raise UserError(f"no metric in common{where}: {described}{f' ({why})' if why else ''}{advice}")
     says = all(isinstance(output, Run) or output.says_metrics for _, output, _ in lists)
     if not says and len(common) > 1:
         raise UserError(f"--metric: the rows have {listed(common)}; say which of them is the score")

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from typing_extensions import override
 
@@ -14,7 +14,10 @@ T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose help names the commands as this one was called: `tiedlora score` or `scripts/score.py`."""
+    """A parser whose help names the commands as this one was called: `tiedlora score` or `scripts/score.py`.
+
+    A mistake is a UserError, because argparse's own message has many lines.
+    """
 
     def __init__(self, documentation: str | None) -> None:
         super().__init__(
@@ -27,6 +30,10 @@ class Parser(argparse.ArgumentParser):
     @override
     def format_help(self) -> str:
         return as_called(super().format_help())
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` shows what it takes")
 
 
 def filled(option: str, kind: Callable[[str], T]) -> Callable[[str], T]:

@@ -31,7 +31,9 @@ def composed_run(composed: DictConfig) -> None:
         for group, plain in (("hydra/sweeper", "resuming"), ("hydra/launcher", "basic")):
             if (option := HydraConfig.get().runtime.choices[group]) != plain:
                 raise errors.UserError(f"{group}={option}: is for a sweep; add --multirun, or leave it out")
-        compose.check_words(HydraConfig.get().overrides.task)
+        words = HydraConfig.get().overrides.task
+        compose.check_words(words)
+        compose.check_files(words)
         config = compose.load(composed)
         folder = RunFolder(Path(config.outputs) / run_id(config))
         is_new = config.force or not folder.result_file.exists()

@@ -27,7 +27,7 @@ from omegaconf.resolvers import oc
 from tiedlora import storage
 from tiedlora.config import own_model
 from tiedlora.config.check import check
-from tiedlora.config.explain import options, peft_options, readable_errors, schema_keys
+from tiedlora.config.explain import files_beside_one, options, peft_options, readable_errors, schema_keys
 from tiedlora.config.identity import (
     adapter_digest,
     adapter_folder,
@@ -309,6 +309,18 @@ def check_words(overrides: Iterable[str]) -> None:
             )
 
 
+def check_files(overrides: Sequence[str]) -> None:
+    """Refuse task.files=FILE after the file of a split, whose place it would take without a word.
+
+    Raises:
+        UserError: naming the key of the split.
+    """
+    has_one = [bool(re.match(r"task\.files=(?!\{|null$).", word)) for word in overrides]
+    for place, word in enumerate(overrides):
+        if word.startswith("task.files.") and any(has_one[place:]):
+            raise UserError(files_beside_one(word.partition("=")[0]))
+
+
 def compose_config(overrides: list[str]) -> Config:
     """The configuration that `train.py OVERRIDES` would run; for scripts and tests.
 
@@ -317,6 +329,7 @@ def compose_config(overrides: list[str]) -> Config:
     """
     overrides = without_arm(overrides)
     check_words(overrides)
+    check_files(overrides)
     overrides = own_model.with_option(overrides)
     register()
     with readable_errors():

@@ -17,7 +17,7 @@ from yaml import YAMLError
 
 from tiedlora import storage
 from tiedlora.config.own_model import GGUF
-from tiedlora.config.schema import Config
+from tiedlora.config.schema import ROWS_FILES, Config
 from tiedlora.errors import UserError
 from tiedlora.keys import help_of, sections
 from tiedlora.places import CONF, DATA, own_options
@@ -74,16 +74,21 @@ def explain(error: BaseException) -> str:
     if match := re.search(r"Ambiguous value for argument '(.*?)'", text):
         return f"{visible(match[1]):.80}: has several values; only train.py --multirun takes them; a list is KEY=[A,B]"
     if isinstance(error, OverrideParseException):
-        quotes = "'KEY=\"{field}\"'"
-        advice = (
-            f"; a template has quotes of its own inside the shell's: {quotes}" if "{" in str(error.override) else ""
-        )
-        return (
-            f"{visible(str(error.override)):.80}: cannot be parsed as KEY=VALUE ({visible(_first_sentence(text)):.80})"
-            f"{advice}"
-        )
+        word = visible(str(error.override))
+        return f"{word:.80}: cannot be parsed as KEY=VALUE ({visible(_first_sentence(text)):.80}){_grammar(word)}"
     key, sentence = _full_key(text), _first_sentence(text)
+    if "Cannot merge DictConfig with ListConfig" in sentence:
+        sentence = "takes no list, but {NAME: VALUE, NAME: VALUE}"
     return f"{key}: {sentence}. {help_of(key, schema_keys())}".removesuffix(". ") if key else sentence
+
+
+def _grammar(word: str) -> str:
+    """What to say of an override that Hydra cannot parse, for the mistakes that its grammar makes likely."""
+    if re.search(r"=~", word):
+        return "; write $HOME in place of ~, which a shell replaces only at the start of a word"
+    if re.search(r"\{[^{}:,]*\}", word):
+        return "; a template has quotes of its own inside the shell's: 'KEY=\"{field}\"'"
+    return "; a mapping is 'KEY={NAME: VALUE, NAME: VALUE}'" if "{" in word else ""
 
 
 def _unknown_option(group: str, option: str) -> str:
@@ -101,6 +106,8 @@ def _unknown_option(group: str, option: str) -> str:
             "model.name" if re.fullmatch(r"[^./~][^/]*/[^/]+", option) and not os.path.exists(option) else "model.path"
         )
         return f"model={option}: no such option; a model of your own is {key}={option}, without model="
+    if group == "task" and option.lower().endswith(ROWS_FILES):
+        return f"task={option}: no such option; rows of your own are task=rows task.files={option}"
     choose = f"; choose one of {', '.join(names)}" if names else ""
     hint = ", or set any number as rank.r=NUMBER" if group == "rank" else nearest(option, names)
     return f"{group}={option}: no such option{choose}{hint}"
@@ -119,9 +126,19 @@ def _unknown_key(key: str) -> str:
         needs = f"; {name} needs {group}={' or '.join(having)}" if having else ""
         return f"{key}: unknown key of the chosen options{needs}"
     mapping = key.rpartition(".")[0]
+    if mapping == "task.files" and key in schema_keys():
+        return files_beside_one(key)
     if isinstance(getattr(schema_keys().get(mapping), mapping.rpartition(".")[2], None), dict):
         return f"{key}: unknown key; a key of {mapping} is added as +{key}=VALUE"
     return f"{key}: unknown key{nearest(key, schema_keys())}; `python train.py --cfg job` shows them all"
+
+
+def files_beside_one(key: str) -> str:
+    """What to say of task.files.SPLIT=FILE beside task.files=FILE."""
+    return (
+        f"{key}: task.files=FILE is the only file, from which validation and test are cut; with others, each is named: "
+        f"task.files.train=FILE {key.replace('.train', '.test')}=FILE"
+    )
 
 
 def cause_chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -8,6 +8,7 @@ The imports inside functions are those of torch and transformers, which only a m
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Collection, Sequence
@@ -141,6 +142,7 @@ def _unloaded(path: Path | None, model: ModelConfig) -> Any:
     import torch  # noqa: PLC0415
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
+    quieten()
     settings = _hub_settings(model.name, model.revision) if path is None else _settings(path)
     try:
         with torch.device("meta"):
@@ -153,9 +155,20 @@ def _unloaded(path: Path | None, model: ModelConfig) -> Any:
         ) from None
 
 
+def quieten() -> None:
+    """From now on, the libraries of models show no progress bars and no warnings. Errors are still raised."""
+    import transformers  # noqa: PLC0415
+
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # Not before the import, which sets a level.
+    for library in ("transformers", "huggingface_hub", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
 def reason(error: Exception) -> str:
-    """The kind of an error and the first line of its text."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
+    """The kind of an error and the first line of its text; with the next one, if the first only announces it."""
+    first, *others = [line.strip() for line in f"{type(error).__name__}: {str(error).strip()}".splitlines()]
+    return (f"{first} {others[0]}" if others and first.endswith(":") else first)[:300]
 
 
 def _settings(path: Path) -> Any:
@@ -223,7 +236,8 @@ def check(config: ModelConfig, model: Any) -> None:
     if wrong:
         raise UserError(
             f"model: {config.name} is not the model of these numbers: {', '.join(wrong)}; write into its option of "
-            f"conf/model: {' and '.join(write)}; or name it without an option (model.path=, model.name=)"
+            f"conf/model: {' and '.join(write)}; or leave out the option and the numbers: model.path= and model.name= "
+            "read them from the model's files"
         )
 
 

@@ -18,7 +18,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -86,10 +85,7 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
     """
     digest = known_digest(config, cache)
     token_files = {template: tokens_digest(config, template, cache) for template in (False, True)}
-    # From now on, these libraries show no progress bars and no warnings. Errors are still raised.
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    for library in ("transformers", "huggingface_hub", "bitsandbytes"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    own_model.quieten()
     if config.source == "architecture":
         raise UserError(
             f"model={config.name}: transformers cannot load its weights; this option is only for scripts/params.py. "
@@ -185,8 +181,10 @@ def _quantisation(model: Any) -> str | None:
 def _pretrained(config: ModelConfig, folder: Path | None, settings: dict[str, Any]) -> tuple[Any, Any]:
     source = str(folder) if folder else config.name
     revision = {} if folder else {"revision": config.revision}
+    part = "tokenizer"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **revision, trust_remote_code=False)
+        part = "weights"
         model = _from_pretrained(source, **revision, **settings)
     except UserError:
         raise
@@ -199,7 +197,8 @@ def _pretrained(config: ModelConfig, folder: Path | None, settings: dict[str, An
                 f"model.quantization={config.quantization}: the model does not fit, and quantised weights cannot "
                 "be moved from the CPU or the disk for each pass; raise model.gpu_memory, or use more GPUs or nf4"
             ) from None
-        raise UserError(f"model={source}: cannot be loaded ({why}). {own_model.WAYS}") from None
+        advice = "Restore the files of this folder, as save_pretrained writes them" if folder else own_model.WAYS
+        raise UserError(f"model={source}: its {part} cannot be loaded ({why}). {advice}") from None
     if folder and (settings_file := Path(source) / "generation_config.json").exists():
         # transformers leaves out a damaged one without a word, and answers would end elsewhere.
         storage.read_json(settings_file)

@@ -47,7 +47,14 @@ def known_digest(config: ModelConfig, cache: Path | None = None) -> str | None:
     weights = {file.name for file in folder.glob("*.safetensors")}
     loaded = weights if (folder / WEIGHTS).is_file() else _files_of_index(folder / INDEX) or weights
     if not loaded:
-        raise UserError(f"model.path={folder}: must be a folder with config.json, tokenizer.json and *.safetensors")
+        pickles = sorted(file.name for file in folder.glob("*.bin"))
+        not_read = (
+            f"; {pickles[0]} is not read, because such a file can run code: save the model again" if pickles else ""
+        )
+        raise UserError(
+            f"model.path={folder}: has no *.safetensors, and must be a folder with config.json, tokenizer.json and "
+            f"*.safetensors, as save_pretrained writes it{not_read}"
+        )
     # tokenizer_config.json is there twice, as it is in the digests of earlier runs.
     others = [file.name for pattern in ("*config.json", "tokenizer*") for file in folder.glob(pattern)]
     # An index that names all files here and no others decides nothing. Without it, earlier digests stay as they are.

@@ -300,6 +300,7 @@ def _axes(words: Sequence[str], loader: ConfigLoader) -> dict[str, list[list[str
     Raises:
         UserError: a word has no values, or is none that a sweep can have.
     """
+    compose.check_files(words)
     axes = {}
     for override in OverridesParser.create(config_loader=loader).parse_overrides(list(words)):
         key = override.get_key_element()

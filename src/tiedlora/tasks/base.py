@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -260,7 +261,9 @@ def _field_text(name: str, row: DataRow) -> str:
             f"the template needs the field {name!r}, which is missing{nearest(name, row.fields)}; it has {known:.300}"
         )
     value = row[name]
-    if value is None or isinstance(value, (list, dict, bytes)):
-        kind = "null" if value is None else type(value).__name__
+    # NaN is a missing value of pandas.
+    is_nan = isinstance(value, float) and math.isnan(value)
+    if value is None or is_nan or isinstance(value, (list, dict, bytes)):
+        kind = "null" if value is None else "NaN" if is_nan else type(value).__name__
         raise RowError(f"the field {name!r} is {kind}, and a template takes a text or a number")
     return str(value)

@@ -73,6 +73,8 @@ class OwnRows(Task):
     @override
     def check_options(self) -> None:
         super().check_options()
+        if self.config.hub.id and self.one_split_each:
+            raise UserError(f"task.hub.id={self.config.hub.id}: task.files names the rows; leave one of them out")
         if not type(self).metrics:
             self._check_metrics()
 
@@ -125,6 +127,11 @@ class OwnRows(Task):
             raise UserError(
                 f"task.target={config.target!r:.200}: with task.choices, it must name one field, which holds the right "
                 "choice and stands for each of them"
+            )
+        if not target:
+            raise UserError(
+                f"task.target={config.target!r:.200}: names no field of a row, so every answer would be the same; "
+                "write one in braces, such as {answer}"
             )
         for template in config.choices if isinstance(config.choices, list) else []:
             fields_of(template)

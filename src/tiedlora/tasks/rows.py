@@ -22,8 +22,14 @@ from tiedlora import storage
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
 
+PARQUET_BATCH = 1000
+"""Rows that are read together."""
 LARGEST_VALUE = 2**31 - 1
 """The most characters of a value of a CSV file. The limit of Python's csv is 131,072."""
+
+
+DELIMITERS = {",": ("a comma", ".csv"), "\t": ("a tab", ".tsv"), ";": ("a semicolon", ""), "|": ("a bar", "")}
+"""What may stand between columns: its name, and the end of the name of such files, if they are read."""
 
 
 class RowError(ValueError):
@@ -109,6 +115,7 @@ def _read_table(path: Path, delimiter: str) -> list[DataRow]:
                 continue
             if not columns:
                 columns = values
+                _refuse_delimiter(where, columns, delimiter)
                 if doubled := [name for name in columns if columns.count(name) > 1]:
                     raise UserError(f"{where}: two columns have the name {doubled[0]!r:.80}; rename one")
             elif len(values) != len(columns):
@@ -123,6 +130,17 @@ def _read_table(path: Path, delimiter: str) -> list[DataRow]:
     return rows
 
 
+def _refuse_delimiter(where: str, columns: list[str], delimiter: str) -> None:
+    """Raises UserError if the head of a table is one column, because others are between its names."""
+    if len(columns) == 1 and (found := next((sign for sign in DELIMITERS if sign in columns[0]), None)):
+        own, suffix = DELIMITERS[delimiter]
+        other, other_suffix = DELIMITERS[found]
+        raise UserError(
+            f"{where}: has {other} between its columns, and a {suffix} has {own}; "
+            + (f"name the file {other_suffix}, or save it with {own}" if other_suffix else f"save it with {own}")
+        )
+
+
 def _read_parquet(path: Path) -> list[DataRow]:
     import datasets  # takes more than a second, and other files do not need it  # noqa: PLC0415
 
@@ -133,7 +151,13 @@ def _read_parquet(path: Path) -> list[DataRow]:
         # A name is a pattern there. The folder gets a lock only.
         with tempfile.TemporaryDirectory() as scratch:
             table = datasets.load_dataset(
-                "parquet", data_files=glob.escape(str(path)), split="train", streaming=True, cache_dir=scratch
+                "parquet",
+                data_files=glob.escape(str(path)),
+                split="train",
+                streaming=True,
+                cache_dir=scratch,
+                # By default it is the size of the first group of rows, and one of an empty file is refused.
+                batch_size=PARQUET_BATCH,
             )
             return [DataRow(f"{path} row {number}", dict(row)) for number, row in enumerate(table, start=1)]
     # pyarrow's errors derive from these.
@@ -155,8 +179,9 @@ def read_json_lines(path: Path) -> list[DataRow]:
     Raises:
         UserError: a line is not UTF-8, not JSON or not an object; the message names the line.
     """
-    rows = []
-    for number, line in enumerate(storage.read_bytes(path).split(b"\n"), start=1):
+    rows: list[DataRow] = []
+    data = storage.read_bytes(path).removeprefix(codecs.BOM_UTF8)
+    for number, line in enumerate(data.split(b"\n"), start=1):
         line = line.removeprefix(codecs.BOM_UTF8)
         if not line.strip():
             continue
@@ -166,6 +191,10 @@ def read_json_lines(path: Path) -> list[DataRow]:
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: is not UTF-8 (byte {error.start}); save the file as UTF-8") from None
         except (ValueError, RecursionError) as error:
+            if not rows and _is_json(data):
+                raise UserError(
+                    f"{where}: is JSON over several lines; write each row as an object in one line"
+                ) from None
             raise UserError(f"{where}: is not valid JSON ({error}); correct or remove the line") from None
         if not isinstance(fields, dict):
             raise UserError(f"{where}: must be a JSON object, not {type(fields).__name__}; write one in each line")
@@ -173,6 +202,14 @@ def read_json_lines(path: Path) -> list[DataRow]:
     if not rows:
         raise UserError(f"{path}: holds no rows")
     return rows
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 @contextmanager
