@@ -109,6 +109,15 @@ def succeeded(done: CompletedProcess[str]) -> str:
     return done.stdout
 
 
+def test_the_command_compares_files_of_another_folder(installed, environment, tmp_path):
+    for name, step in (("a", 3), ("b", 2)):
+        rows = [json.dumps({"id": number, "correct": number % step == 0}) + "\n" for number in range(30)]
+        (tmp_path / "work" / f"{name}.jsonl").write_text("".join(rows))
+    assert "B - A [95 %]" in succeeded(installed("tiedlora", "compare", "a.jsonl", "b.jsonl"))
+    place = succeeded(installed("python", "-c", "import tiedlora; print(tiedlora.__file__)"))
+    assert Path(place.strip()).is_relative_to(environment)
+
+
 @pytest.mark.slow
 def test_a_first_run_and_what_comes_after_it(installed, environment, tmp_path):
     work = tmp_path / "work"
@@ -130,6 +139,8 @@ def test_a_first_run_and_what_comes_after_it(installed, environment, tmp_path):
     succeeded(installed("tiedlora", "export", str(run), "--to", "hub-card"))
     card = (run / "export" / "hub-card" / "README.md").read_text()
     assert f"| made with | tiedlora {tiedlora.__version__} |" in card
+    succeeded(installed("tiedlora", "export", str(run), "--to", "peft"))
+    assert (run / "export" / "peft" / "adapter_model.safetensors").is_file()
     assert "agree" in succeeded(installed("tiedlora", "verify", str(run), "--rows", "4"))
     version, file = succeeded(installed("python", "-c", SCRIPT)).split()
     assert version == tiedlora.__version__

@@ -28,6 +28,8 @@ LARGEST_COUNT = 10**9
 MISSING = "???"
 """OmegaConf's mark of a key without a value."""
 NO_VALUE = "has no value; choose an option of its group or set it"
+A_LIST = "must be a list, as in [A,B]"
+A_MAPPING = "must be a mapping, as in {NAME: VALUE, NAME: VALUE}"
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters, and halves of surrogate pairs."""
 CHECKED = ConfigDict(extra="forbid", validate_default=True, revalidate_instances="always")
@@ -165,8 +167,9 @@ def reason(error: ErrorDetails) -> str:
     if listed := re.search(r"'\^\(([\w|]+)\)\$'$", error["msg"]):
         choices = listed[1].split("|")
         return f"choose one of {', '.join(choices)}{nearest(str(error['input']), choices)}"
+    if error["type"] in ("dataclass_type", "list_type"):
+        return A_MAPPING if error["type"] == "dataclass_type" else A_LIST
     message = re.sub("^[A-Z][a-z]+ should ", "must ", error["msg"]).replace(" after validation", "")
-    message += ", as in [A,B]" if error["type"] == "list_type" else ""
     choices = re.findall("'(.*?)'", message) if error["type"] == "literal_error" else []
     return message + nearest(str(error["input"]), choices)
 

@@ -123,10 +123,7 @@ def test_a_specification_of_ones_own_survives_json(tmp_path, ids):
         ({"tying": {"A": {"shared": 2}}}, r"TiedLoraConfig\.tying\.A\.shared: unknown key"),
         ({"layout": {"layers": 3, "nonsense": 1}}, r"TiedLoraConfig\.layout\.nonsense: unknown key"),
         # As a text it would be the three targets q, k and v.
-        *(
-            ({key: "qkv"}, rf"^TiedLoraConfig\.tying\.{key}=qkv: .*must be a valid list")
-            for key in ("targets", "layers")
-        ),
+        *(({key: "qkv"}, rf"^TiedLoraConfig\.tying\.{key}=qkv: .*must be a list") for key in ("targets", "layers")),
     ],
 )
 def test_mistakes_are_one_line(values, says):

@@ -33,7 +33,7 @@ MISTAKES = {  # one for each rule: overrides, and how the message begins
     "a group taken away": (["~model"], "model.name: has no value"),
     # Types
     "a word for a number": (["train.steps=many"], "train.steps=many: must be a valid integer"),
-    "a mapping for a list": (["train.betas={a: 1}"], "train.betas: Cannot merge"),
+    "a mapping for a list": (["train.betas={a: 1}"], "train.betas: must be a list, as in [A,B]. Adam's"),
     "a list for an item": (["tying.targets=[[]]"], "tying.targets.0=[]: must be a valid string"),
     "null for a number": (["seed=null"], "seed=null: must be a valid integer"),
     "more digits than are read": ([f"seed={'9' * 5000}"], "a number has more digits than are read"),

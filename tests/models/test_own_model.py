@@ -266,7 +266,7 @@ MISTAKES = {  # what is changed in the folder `mine`, the words, and what the li
     "a tokenizer of another model": (
         more_tokens,
         "model.path=mine",
-        "its tokenizer has 500 tokens beyond the model's 260 embeddings (such as 'more0'), so it belongs to another",
+        "tokens beyond the model's 260 embeddings (such as '<|end|>'), so it belongs to another model; restore the",
     ),
     "an empty path": (plain, "model.path=", "model.path=: is empty; give a text, or leave it out"),
     "a path that names nothing": (plain, "model.path=/", "model.path=/: "),

@@ -475,7 +475,7 @@ MISTAKES = {  # more words -> what the message says; the rows are right
     ),
     "one metric": (
         "task.metrics=bleu",
-        "task.metrics=bleu: must be a valid list, as in [A,B]. The metrics of task=rows",
+        "task.metrics=bleu: must be a list, as in [A,B]. The metrics of task=rows",
     ),
     "no metric": ("task.metrics=[]", "task.metrics: names no metric; choose from exact_match, token_f1, rouge1"),
     "a metric that is none": (
@@ -508,7 +508,11 @@ MISTAKES = {  # more words -> what the message says; the rows are right
         "task.files={test: b.csv} task.files.test=b.csv task.files=a.csv",
         "task.files.test: task.files=FILE is the only file",
     ),
-    "a list of files": ("task.files=[a.csv,b.csv]", "task.files: takes no list, but {NAME: VALUE, NAME: VALUE}"),
+    "a list of files": ("task.files=[a.csv,b.csv]", ": must be a mapping, as in {NAME: VALUE, NAME: VALUE}. Files of"),
+    "a list in the place of files": (
+        "task.files={train: a.csv} task.files=[a.csv,b.csv]",
+        ": must be a mapping, as in {NAME: VALUE, NAME: VALUE}. Files of",
+    ),
     "files without names": ("task.files={a.csv, b.csv}", "; a mapping is 'KEY={NAME: VALUE, NAME: VALUE}'"),
     "files and the hub": ("task.hub.id=org/name", "task.hub.id=org/name: task.files names the rows; leave one of them"),
     "a file for an option": (

@@ -19,7 +19,7 @@ from tiedlora import storage
 from tiedlora.config.own_model import GGUF
 from tiedlora.config.schema import ROWS_FILES, Config
 from tiedlora.errors import UserError
-from tiedlora.keys import help_of, sections
+from tiedlora.keys import A_LIST, A_MAPPING, help_of, sections
 from tiedlora.places import CONF, DATA, own_options
 from tiedlora.text import nearest, visible
 from tiedlora.tying import RENAMED
@@ -77,8 +77,10 @@ def explain(error: BaseException) -> str:
         word = visible(str(error.override))
         return f"{word:.80}: cannot be parsed as KEY=VALUE ({visible(_first_sentence(text)):.80}){_grammar(word)}"
     key, sentence = _full_key(text), _first_sentence(text)
-    if "Cannot merge DictConfig with ListConfig" in sentence:
-        sentence = "takes no list, but {NAME: VALUE, NAME: VALUE}"
+    if "Cannot merge DictConfig with ListConfig" in sentence and key in schema_keys():
+        # It is the same sentence for a list in the place of a mapping.
+        default = getattr(schema_keys()[key], key.rpartition(".")[2])
+        sentence = A_LIST if isinstance(default, (list, tuple)) else A_MAPPING
     return f"{key}: {sentence}. {help_of(key, schema_keys())}".removesuffix(". ") if key else sentence
 
 
