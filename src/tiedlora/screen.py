@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -26,18 +25,24 @@ def console() -> Console:
 
 
 def show(*parts: RenderableType) -> None:
-    """Print parts below each other. A text that is a plain `str` is never wrapped, so that a path can be copied.
+    """Print parts below each other, as `text` has them.
 
     Raises:
-        BrokenPipeError: the reader has ended.
+        BrokenPipeError: the reader has ended. (Rich would end the process with a code of its own.)
+    """
+    print(text(*parts), flush=True)
+
+
+def text(*parts: RenderableType) -> str:
+    """Parts below each other, as standard output shows them.
+
+    A plain `str` is never wrapped, so that a path in it can be copied.
     """
     made = console()
-    # Rich would end the process with a code of its own when the reader has ended.
     with made.capture() as drawn:
         for part in parts:
             made.print(part, soft_wrap=isinstance(part, str))
-    print("\n".join(line.rstrip() for line in drawn.get().split("\n")), end="")
-    sys.stdout.flush()
+    return "\n".join(line.rstrip() for line in drawn.get().removesuffix("\n").split("\n"))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str | Text]], numbers: Iterable[str] = ()) -> Table:
