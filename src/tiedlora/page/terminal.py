@@ -98,7 +98,7 @@ class _Compared:
 
 def _against(claim: Claim, pair: Pair) -> str:
     """The comparator; a point of a curve has the size of the method."""
-    return f"{claim.comparator.frontier} at size" if claim.comparator.frontier else in_words(pair.comparator.name)
+    return f"{claim.comparator.frontier}, same size" if claim.comparator.frontier else in_words(pair.comparator.name)
 
 
 def _question(answer: Answer) -> str:
@@ -158,21 +158,32 @@ def _found(all_pairs: Sequence[_Compared], most: int | None) -> Iterator[Rendera
         direction = "higher" if one.measure.sign > 0 else "lower"
         title += f" on {one.measure.split} ({one.measure.unit.words}; {direction} is better)"
         short[title].append(cells[TITLE:])
-    yield FirstThatFits(table(heads, [[row[at] for at in shown] for row in whole], NUMBERS), _titled(short))
+    yield FirstThatFits(
+        table(heads, [[row[at] for at in shown] for row in whole], NUMBERS),
+        _titled(short),
+        _titled(short, without="score"),
+    )
     if more := len(all_pairs) - len(pairs):
         yield Text(f"{counted(more, 'more pair')}: --all shows them", style="dim")
     yield Text(KEY, style="dim")
 
 
-def _titled(blocks: Mapping[str, list[list[str | Text]]]) -> Group:
-    """Rows below their titles, with columns of one width. The head stands once."""
+def _titled(blocks: Mapping[str, list[list[str | Text]]], without: str = "") -> Group:
+    """Rows below their titles, with columns of one width. The head stands once.
+
+    Args:
+        without: the name of a column that is left out.
+    """
     drawn: list[RenderableType] = []
-    widths = [max(len(row[at]) for rows in blocks.values() for row in rows) for at in range(len(HEADS) - TITLE)]
+    heads = HEADS[TITLE:]
+    shown = [at for at, head in enumerate(heads) if head != without]
+    widths = [max(len(heads[at]), *(len(row[at]) for rows in blocks.values() for row in rows)) for at in shown]
     for number, (title, rows) in enumerate(blocks.items()):
-        block = table(HEADS[TITLE:], rows, NUMBERS)
+        block = table([heads[at] for at in shown], [[row[at] for at in shown] for row in rows], NUMBERS)
         block.show_header = number == 0
-        for column, width, head in list(zip(block.columns, widths, HEADS[TITLE:], strict=True))[:-1]:
-            column.min_width = max(width, len(head))
+        # The verdict may wrap.
+        for column, width in list(zip(block.columns, widths, strict=True))[:-1]:
+            column.min_width = width
         drawn += [Text(visible(title), style="bold"), block]
     return Group(*drawn)
 
