@@ -33,6 +33,7 @@ ORDER = (
     "description",
     "reading",
     "keys",
+    "screen",
     "text",
     "storage",
     "places",

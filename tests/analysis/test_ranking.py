@@ -1,11 +1,14 @@
 """Where no claim applies, a report ranks the arms of a task, by the differences that it computes everywhere else."""
 
+import re
+
 import pytest
 from helpers.report_runs import GOOD, report_of_claim, scored_run, world
 
+from tiedlora import screen
 from tiedlora.analysis.comparison import compare
 from tiedlora.analysis.runs import Scorebook
-from tiedlora.page import ranked, write
+from tiedlora.page import ranked, terminal, write
 
 ARMS = {("LoRA", 1): 0.5, ("LoRA", 8): 0.62, ("TAuv", 8): 0.3, ("TABuv", 11): 0.55}
 
@@ -35,13 +38,16 @@ def test_arms_without_a_claim_are_ranked_against_the_best_and_the_lora_of_their_
 
 
 def test_the_terminal_the_tables_and_the_page_show_the_ranking(report, tmp_path):
-    said = write.write(report, tmp_path / "report")
-    (start,) = [number for number, line in enumerate(said) if line.startswith("RANKED")]
-    assert said[start] == "RANKED         chain_sum, by exact_match_strict on validation, 3 seeds"
-    shown = said[start + 2 : start + 2 + 2 * (len(ARMS) + 1)]
-    assert max(map(len, said[start : start + 12])) <= 80
-    assert shown[0].split() == ["arm", "parameters", "score", "val.", "loss", "lr", "rate", "time"]
-    assert all(line.split()[-4:] == ["not", "searched", "10", "s"] for line in shown[1:5])
+    write.write(report, tmp_path / "report")
+    said = screen.text(*terminal.parts(report, tmp_path / "report")).splitlines()
+    (start,) = [number for number, line in enumerate(said) if "ranked" in line]
+    assert "chain_sum, exact_match_strict on validation (points of 100), 3 seeds: ranked, no verdict" in said[start]
+    head, *shown = said[start + 1 : start + 2 + len(ARMS)]
+    assert re.split("  +", head) == list(ranked.HEADS)
+    assert [re.split("  +", line)[2] for line in shown] == [
+        arm.group.name.replace("=", " ") for arm in report.rankings[0]
+    ]
+    assert all(line.endswith("not searched  0:10") for line in shown)
     table = ranked.table(report.rankings)
     assert [row[table.head.index("configuration")] for row in table.rows] == [
         arm.group.configuration for arm in report.rankings[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.report_runs import make_config, make_record, scored_run, write_config, write_run
 
+from tiedlora import screen
 from tiedlora.errors import UserError
 from tiedlora.page import write
 from tiedlora.records.run_folder import RunFolder
@@ -43,7 +44,7 @@ def test_select_chooses_on_validation_and_tests_the_chosen_alone(tiny_run, finis
     tested = {cell.run_id for cell in sweep.cells if cell.folder.scores_file("test", "answers").exists()}
     assert tested == {run_id for choice in chosen.choices for run_id in choice.run_ids}
     assert len(tested) == 4
-    assert "at the edge of the grid" in selection.table(scored.choices)
+    assert "at the edge of the grid" in screen.text(*selection.table(scored.choices))
     for choice in scored.choices:
         tested = [read_run_scores(cell.folder).metrics("test") for cell in sweep.cells if cell.run_id in choice.run_ids]
         assert choice.test == sum(metrics["exact_match_strict"].value for metrics in tested) / 2
@@ -125,8 +126,8 @@ def test_trials_that_differ_are_no_fair_comparison(chosen):
     (choice,) = chosen.choices
     fewer = replace(choice, configuration="LoRA", trials=4)
     remark = "llama on chain_sum: 4 to 6 trials a configuration: not a fair comparison."
-    assert remark in selection.table([choice, fewer])
-    assert "fair" not in selection.table([choice, choice])
+    assert remark in screen.text(*selection.table([choice, fewer]))
+    assert "fair" not in screen.text(*selection.table([choice, choice]))
 
 
 def test_a_loss_is_the_better_score_if_it_is_lower_and_runs_of_two_metrics_have_none_in_common(tmp_path):

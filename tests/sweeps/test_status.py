@@ -18,6 +18,7 @@ from helpers.hostile import snapshot
 from helpers.sweeping import fail, held, search_options
 from rich.console import Console
 
+from tiedlora import screen
 from tiedlora.errors import UserError
 from tiedlora.places import PROJECT
 from tiedlora.records.run_folder import State
@@ -26,7 +27,6 @@ from tiedlora.sweeps import staged, status
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.launching import run_sweep, work
 from tiedlora.sweeps.status import find_sweep, frame, news, views
-from tiedlora.text import aligned
 
 CELL_KEYS = [
     "run_id",
@@ -88,11 +88,41 @@ def test_before_a_cell_is_done_its_own_speed_gives_the_time_left(tiny_run):
 
 def test_the_table_has_a_column_for_each_swept_key(tiny_run):
     sweep = compose_sweep(tiny_run("train.eps=1e-8,1e-6", "seed=0,1"))
-    head, *lines = aligned(status.rows(statuses(sweep))).splitlines()
+    head, *lines = screen.text(status.drawn(statuses(sweep))).splitlines()
     assert len(lines) == 4
     assert head.split().count("seed") == 1
     assert "train.eps" in head
     assert sum("1e-06" in line or "1e-6" in line for line in lines) == 2
+
+
+def test_a_narrow_terminal_has_no_columns_that_repeat_one_value(tiny_run):
+    sweep = compose_sweep(tiny_run("train.lr=1e-3,1e-2", "seed=0,1"))
+    lines = {}
+    for width in (60, 200):
+        console = Console(width=width)
+        with console.capture() as drawn:
+            console.print(status.drawn(statuses(sweep)))
+        lines[width] = drawn.get().splitlines()
+    heads = {width: own[0].split() for width, own in lines.items()}
+    assert heads[60][:3] == ["lr", "seed", "state"]
+    assert heads[200][:3] == ["model", "task", "configuration"]
+    assert all(len(line) <= 60 for line in lines[60])
+    assert len(lines[60]) == 5
+
+
+def test_status_lists_what_is_not_done_with_whole_ids_and_the_reasons_of_failures(tiny_run, finish):
+    sweep = compose_sweep(tiny_run("train.lr=1e-3,1e-2", "seed=0,1"))
+    first, second, third, fourth = sweep.cells
+    finish(first.config)
+    fail(second, "Traceback\ntiedlora.errors.Diverged: step 3\n")
+    third.folder.path.mkdir()
+    said = screen.text(*status.unfinished(sweep.id, statuses(sweep))).splitlines()
+    assert re.match(rf"{sweep.id}: 4 cells: 1 done, 1 interrupted, 1 failed, 1 missing; ", said[0])
+    assert said[1].split() == ["state", "step", "time", "lr", "cell"]
+    # The order of the live table: what needs a person first.
+    shown = [(line.split()[0], line.split()[-1]) for line in said[2:5]]
+    assert shown == [("failed", second.run_id), ("interrupted", third.run_id), ("missing", fourth.run_id)]
+    assert said[5:] == [f"{second.run_id}: Diverged: step 3"]
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from operator import attrgetter
-from typing import Literal
+from typing import Any, Literal
 
 from tiedlora.analysis import claims, intervals, rules
 from tiedlora.analysis.claims import Claim, Pair, Unpaired
@@ -167,8 +167,11 @@ class Answer:
     reason: str
     decide: str
     """What would decide the claim, in planned looks."""
-    is_futile: bool = False
-    """Whether no later look is likely to decide."""
+    chance: float | None = None
+    """How likely a later look decides; None if this is not known, or no later look is planned."""
+    lacking: Mapping[str, set[int]] = field(default_factory=dict)
+    """The name of a side -> the seeds that the next look still needs of it; empty if no seed of the plan is likely to
+    help."""
     measure: Measure | None = None
     """None if nothing is scored by a metric of the claim."""
     findings: Findings = Findings()
@@ -181,6 +184,11 @@ class Answer:
     def zero(self) -> str:
         """What a gain is measured from."""
         return _zero(self.claim, self.pair)
+
+    @property
+    def is_futile(self) -> bool:
+        """Whether no later look is likely to decide."""
+        return self.chance is not None and self.chance < rules.FUTILE
 
     @property
     def is_firm(self) -> bool:
@@ -210,7 +218,8 @@ class _Decision:
     verdict: Verdict
     reason: str
     decide: str
-    is_futile: bool = False
+    chance: float | None = None
+    lacking: Mapping[str, set[int]] = field(default_factory=dict)
 
 
 def answer_claims(
@@ -269,7 +278,9 @@ def _answer(claim: Claim, pair: Pair | Unpaired, split: str, book: Scorebook) ->
     doubtful = doubtful_rates(claim.rule, pair, measure, sides)
     notes = _notes(claim, pair, decision, measure, sides, on_sensitivity=words)
     reason = "; ".join([*notes, *map(str, doubtful)])
-    return asked(decision.verdict, reason, decision.decide, decision.is_futile, measure, findings, doubtful)
+    return asked(
+        decision.verdict, reason, decision.decide, decision.chance, decision.lacking, measure, findings, doubtful
+    )
 
 
 def _over(pair: Pair) -> str:
@@ -409,8 +420,8 @@ def _decide(claim: Claim, zero: str, sides: Sides, ended: Mapping[str, set[int]]
     looks: list[Look] = []
     reason, needs = "", ""
 
-    def undecided(reason: str, decide: str, is_futile: bool = False) -> _Decision:
-        return _Decision(tuple(looks), Verdict.UNDECIDED, reason, decide, is_futile)
+    def undecided(reason: str, *what_next: Any) -> _Decision:
+        return _Decision(tuple(looks), Verdict.UNDECIDED, reason, *what_next)
 
     if missing := _never_decided(rule, sides):
         return undecided(*missing)
@@ -499,21 +510,22 @@ def _share(rule: Rule, seen: Sides, level: float) -> GainShare | None:
 
 def _wait_for(
     claim: Claim, sides: Sides, number: int, ended: Mapping[str, set[int]], looks: Sequence[Look]
-) -> tuple[str, bool]:
+) -> tuple[str, float | None, Mapping[str, set[int]]]:
     """What the look with this number still needs, and how likely it or a later one decides, by the last one's seeds.
 
     Returns:
-        What would decide the claim, and whether the plan is futile.
+        What would decide the claim, this chance, and the seeds that are needed, as an Answer has them.
     """
     plan, decide = claim.plan, next_look(claim, number, ended)
+    lacking = {name: seeds for name, own in ended.items() if (seeds := set(plan.of_look(number)) - own)}
     # A prediction is from all seeds of a look, so none may have diverged.
     if not looks or looks[-1].seeds < plan.looks[looks[-1].number]:
-        return decide, False
+        return decide, None, lacking
     last = looks[-1].number
     chance = rules.chance_of_decision(claim.rule, sides.of(plan.of_look(last)), plan, last)
     if chance < rules.FUTILE:
-        return f"no planned look is likely to change it (chance {100 * chance:.0f} %)", True
-    return f"{decide}; a later look decides with a chance of {100 * chance:.0f} %", False
+        return f"no planned look is likely to change it (chance {100 * chance:.0f} %)", chance, {}
+    return f"{decide}; a later look decides with a chance of {100 * chance:.0f} %", chance, lacking
 
 
 def next_look(claim: Claim, number: int, ended: Mapping[str, set[int]]) -> str:

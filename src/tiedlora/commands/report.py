@@ -6,9 +6,10 @@ interval.
 
 from pathlib import Path
 
+from tiedlora import screen
 from tiedlora.commands.parser import Parser, filled
 from tiedlora.errors import UserError
-from tiedlora.page import readme, write
+from tiedlora.page import readme, terminal, write
 from tiedlora.places import CLAIMS
 
 
@@ -31,6 +32,7 @@ def main(words: list[str]) -> None:
         type=filled("--readme", Path),
         help="also write tables between the marks of this file (docs/results.md)",
     )
+    parser.add_argument("--all", action="store_true", help="print every claim with its reason, every arm and folder")
     arguments = parser.parse_args(words)
     if arguments.readme:
         readme.check(arguments.readme)
@@ -42,7 +44,7 @@ def main(words: list[str]) -> None:
         found = "".join(f" ({folder.path.name}: {folder.reason})" for folder in report.left_out[:1])
         where = " and ".join(map(str, arguments.runs))
         raise UserError(f"{where}: no run is there{found}; give the folder with the runs (outputs= of train.py)")
-    for line in write.write(report, arguments.out):
-        print(line)
+    write.write(report, arguments.out)
+    screen.show(*terminal.parts(report, arguments.out, everything=arguments.all))
     if arguments.readme:
-        print(f"wrote          {', '.join(readme.write(report, arguments.readme))} into {arguments.readme}")
+        print(f"wrote {', '.join(readme.write(report, arguments.readme))} into {arguments.readme}")

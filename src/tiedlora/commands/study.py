@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tiedlora import errors
+from tiedlora import errors, screen
 from tiedlora.commands.parser import Parser, filled
 from tiedlora.config import compose
 from tiedlora.errors import UserError, as_called
@@ -99,7 +99,7 @@ def shown(word: str) -> str:
 def show_forecast(planned: study.Study, outputs: Path, part: str | None, words: list[str]) -> None:
     # Two parts may have cells in common, which will run once.
     cells = {cell.run_id: cell for *_, sweep in planned.composed(outputs, part, words) for cell in sweep.cells}
-    print(forecast.described(*forecast.forecast(cells.values())))
+    screen.show(*forecast.described(*forecast.forecast(cells.values())))
 
 
 def carry_out(planned: study.Study, folder: Path, outputs: Path, part: str | None) -> None:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from json import dumps
 from pathlib import Path
 
+from tiedlora import screen
 from tiedlora.analysis.rate_choice import CRITERIA
 from tiedlora.commands.parser import Parser
 from tiedlora.errors import UserError
@@ -20,7 +21,6 @@ from tiedlora.records.selection import SELECTION_FILE, write_selection
 from tiedlora.sweeps import forecast, selection, status
 from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.expand import compose_sweep
-from tiedlora.text import aligned
 from tiedlora.tracking.progress import show_log
 
 SEARCHING = {"hydra/sweeper=staged", "hydra/sweeper=deciding"}
@@ -86,7 +86,10 @@ def select(sweep: Sweep, by: str | None, test: bool, json: bool) -> None:
         chosen = selection.score_test(sweep, chosen)
     write_selection(sweep.path / SELECTION_FILE, chosen)
     as_data = [asdict(choice) for choice in chosen.choices]
-    print(dumps(as_data, indent=2, ensure_ascii=False) if json else selection.table(chosen.choices))
+    if json:
+        print(dumps(as_data, indent=2, ensure_ascii=False))
+    else:
+        screen.show(*selection.table(chosen.choices))
 
 
 def steer(sweep: Sweep, what: str, patterns: list[str]) -> None:
@@ -123,8 +126,6 @@ def show(sweep: Sweep, searches: bool, tflops: float | None, json: bool) -> None
     if json:
         print(status.to_json(sweep, cells, [asdict(row) for row in forecasts] if tflops else None))
     elif tflops:
-        print(f"{aligned(status.rows(cells))}\n\n{status.summary_line(sweep.id, cells)}\n")
-        print(forecast.described(forecasts, unknown))
+        screen.show(*status.summarised(sweep.id, cells), "", *forecast.described(forecasts, unknown))
     else:
-        unfinished = [f"  {cell}" for cell in cells if cell.state != "done" and cell.is_needed]
-        print("\n".join([status.summary_line(sweep.id, cells), *unfinished]))
+        screen.show(*status.unfinished(sweep.id, cells))

@@ -37,8 +37,6 @@ from tiedlora.page.tables import Table, minus
 from tiedlora.records.interval import MISSING, Interval, Unit
 from tiedlora.text import counted, visible, without_folders
 
-LISTED = 20
-"""The most left-out folders that the terminal names."""
 FILTERS = ("model", "task", "variant", "configuration", "rank", "metric")
 CONDENSED = ("model", "task", "variant", "metric", "split", "rows", "seeds", "device", "notes")
 """Columns that move into the table's caption if all rows have the same value."""
@@ -60,16 +58,20 @@ class Report:
     rankings: list[list[RankedArm]]
     """The arms of each task to which no claim applies, the best first."""
 
-    def summary(self) -> str:
-        """One line: how many runs and groups, which models and tasks, which code."""
-        commits = sorted({commit for run in self.runs for commit in short_commits(run)})
+    def headline(self) -> str:
+        """How many runs and groups there are, and which models and tasks."""
         tasks = sorted({run.task for run in self.runs})
         models = sorted({run.model for run in self.runs})
         return (
             f"{len(self.runs):,} finished runs in {len(self.groups):,} groups; {', '.join(models) or 'no model'}; "
-            f"{', '.join(tasks) or 'no task'}; code {', '.join(commits) or 'unknown'}; "
-            f"{len(self.left_out):,} folders left out."
+            f"{', '.join(tasks) or 'no task'}"
         )
+
+    def summary(self) -> str:
+        """One line: the headline, which code, and how many folders are left out."""
+        commits = sorted({commit for run in self.runs for commit in short_commits(run)})
+        code = ", ".join(commits) or "unknown"
+        return f"{self.headline()}; code {code}; {len(self.left_out):,} folders left out."
 
     def tables(self) -> list[Table]:
         """The report's tables: an overview for each model, and then one of each name."""
@@ -120,12 +122,8 @@ def build(roots: Sequence[Path], *, claims: Path | None = None, split: str | Non
     )
 
 
-def write(report: Report, out: Path) -> list[str]:
-    """Write tables (Markdown, CSV, LaTeX), figures (PNG, SVG) and index.html.
-
-    Returns:
-        Lines for the terminal.
-    """
+def write(report: Report, out: Path) -> None:
+    """Write tables (Markdown, CSV, LaTeX), figures (PNG, SVG) and index.html."""
     out.mkdir(parents=True, exist_ok=True)
     all_tables = report.tables()
     panels = charts.panels(report.rows, report.answers, report.share_panels)
@@ -139,42 +137,6 @@ def write(report: Report, out: Path) -> list[str]:
         storage.write_bytes(out / f"{table.name}.{suffix}", text(table).encode())
     figures.write_files(panels, out)
     storage.write_bytes(out / "index.html", render(report, all_tables, panels).encode("utf-8", "replace"))
-    return _lines(report, out)
-
-
-def _lines(report: Report, out: Path) -> list[str]:
-    lines = [report.summary()]
-    for verdict in report.verdicts:
-        if len(verdict.answers) > 1:
-            model = f" [{verdict.model}]" if verdict.model else ""
-            lines.append(f"{verdict.verdict.upper():<14} {verdict.claim.name}{model}: {verdict.reason}")
-            # Its tasks would say the same.
-            if verdict.verdict == Verdict.NOT_RUN:
-                continue
-        for answer in verdict.answers:
-            lines += _answer_lines(answer)
-    for ranking in report.rankings:
-        lines += ranked.lines(ranking)
-    lines += [f"left out       {folder.path.name}: {folder.reason}" for folder in report.left_out[:LISTED]]
-    if len(report.left_out) > LISTED:
-        lines.append(f"left out       {len(report.left_out) - LISTED} more; left-out.md has them all")
-    lines.append(f"open           {out / 'index.html'}")
-    return [visible(line) for line in lines]
-
-
-def _answer_lines(answer: Answer) -> list[str]:
-    found, difference, share = answer.findings, "", ""
-    if found.difference and answer.measure:
-        seeds = counted(found.difference_seeds, "seed")
-        difference = f" {answer.measure.unit.text(found.difference.widest, '+')} ({seeds})"
-    if found.retains_at_least is not None:
-        share = f", retains at least {shares.at_least(found.retains_at_least)}"
-    decide = f"; next: {answer.decide}" if answer.decide else ""
-    where = f"{answer.model} {answer.task}".strip()
-    return [
-        f"{answer.verdict.upper():<14} {answer.claim.name} [{where}]{difference}{share}",
-        f"{'':<14} {answer.reason}{decide}",
-    ]
 
 
 # --- index.html.

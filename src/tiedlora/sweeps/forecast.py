@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
+from rich.console import RenderableType
+from rich.text import Text
+
+from tiedlora import screen
 from tiedlora.config.compose import typed
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
@@ -24,7 +28,6 @@ from tiedlora.records.run_record import RunRecord, read_record
 from tiedlora.records.scores import RunScores, read_run_scores
 from tiedlora.sweeps.cells import SweepCell
 from tiedlora.tasks import Example, load_examples, load_task
-from tiedlora.text import aligned
 
 TFLOPS = 0.5
 """The stated rate, in 1e12 operations a second: what two CPU cores with bfloat16 instructions reach in training
@@ -222,16 +225,18 @@ def cost(config: Config, speeds: Speeds, rows: Mapping[str, int]) -> tuple[float
     return tokens, training + evaluations * validating + scored * scoring
 
 
-NOTE = """\
-Hours are those of one process, without its start. Arithmetic is a rough guide, and half the rate is twice the time: the
-first finished run of a model and task replaces it. A staged sweep stops rates early, so it takes less."""
+HEADS = ("model", "task", "cells", "tokens", "hours", "left", "peak memory", "from")
+NOTE = Text(
+    "Hours are those of one process, without its start. Arithmetic is a rough guide, and half the rate is twice the "
+    "time: the first finished run of a model and task replaces it. A staged sweep stops rates early, so it takes less."
+)
 
 
-def described(forecasts: Sequence[TaskForecast], unknown: Sequence[str]) -> str:
-    """What `forecast` has found, as text: a table with its sums, and then a line for each cost that is unknown."""
+def described(forecasts: Sequence[TaskForecast], unknown: Sequence[str]) -> list[RenderableType]:
+    """What `forecast` has found, to be shown: a table with its sums, and then a line for each cost that is unknown."""
     if not forecasts:
-        return "\n".join(unknown)
-    lines = [["model", "task", "cells", "tokens", "hours", "left", "peak memory", "from"]]
+        return [*unknown]
+    lines = []
     shown = [(row.model, row.task, [row], f"{row.peak_memory_bytes / 1e9:.1f} GB", row.source) for row in forecasts]
     if len(forecasts) > 1:
         shown.append(("together", "", list(forecasts), "", ""))
@@ -240,4 +245,4 @@ def described(forecasts: Sequence[TaskForecast], unknown: Sequence[str]) -> str:
         hours = sum(row.seconds for row in rows) / 3600, sum(row.seconds_left for row in rows) / 3600
         amounts = [str(cells), f"{tokens:,.0f}", *(f"{each:,.{0 if each >= 100 else 2}f}" for each in hours)]
         lines.append([model, task, *amounts, memory, source])
-    return "\n".join([aligned(lines), NOTE, *unknown])
+    return [screen.table(HEADS, lines, HEADS[2:-1]), NOTE, *unknown]

@@ -27,7 +27,7 @@ from tiedlora.runs.inputs import check_same_inputs
 from tiedlora.scoring.wanted import check_words
 from tiedlora.sweeps.cells import Goal, Sweep, SweepCell, SweepControl, frozen_cell
 from tiedlora.tasks import load_examples, load_task
-from tiedlora.text import aligned, clock, visible
+from tiedlora.text import clock, visible
 from tiedlora.tracking.run_trackers import check_tracker
 from tiedlora.training.signals import also_stopped_by
 
@@ -57,7 +57,8 @@ def run_sweep(sweep: Sweep, launch: Launch, fail_fast: bool = False) -> None:
         SystemExit: with code 1, after naming every cell that failed.
         KeyboardInterrupt: the sweep was asked to stop; the same command continues it.
     """
-    # It imports rich, which takes a tenth of a second, and a single run loads this module too.
+    # They import rich, which takes a tenth of a second, and a single run loads this module too.
+    from tiedlora import screen  # noqa: PLC0415
     from tiedlora.sweeps import status  # noqa: PLC0415
 
     finished = {cell.run_id: cell for cell in sweep.cells if cell.finished()}
@@ -84,7 +85,7 @@ def run_sweep(sweep: Sweep, launch: Launch, fail_fast: bool = False) -> None:
             progress.join()
         first_failure = control.first_failure()
     cells = [status.status_of(cell, control) for cell in sweep.cells]
-    print(f"\n{aligned(status.rows(cells))}\n\n{status.summary_line(sweep.id, cells)}")
+    screen.show("", *status.summarised(sweep.id, cells))
     ended = {"done", "paused", "dropped"} | ({"missing", "interrupted", "pruned"} if first_failure else set())
     errors.update({cell.run_id: cell.error or "" for cell in cells if cell.state not in ended})
     end_with(errors, len(cells), first_failure)

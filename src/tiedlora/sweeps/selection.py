@@ -10,13 +10,16 @@ from collections.abc import Container, Sequence
 from dataclasses import asdict, replace
 from statistics import mean
 
+from rich.console import RenderableType
+
+from tiedlora import screen
 from tiedlora.analysis.rate_choice import CRITERIA, ChosenRate, choose_rate, rate_trials
 from tiedlora.errors import LONGEST_MESSAGE, UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.scores import Finished, Metrics, read_finished, read_run_scores
 from tiedlora.records.selection import LOSS, SELECTION_FILE, RateChoice, Selection, read_selection, validation_metric
 from tiedlora.sweeps.cells import Sweep, SweepCell, frozen_cell, rate_groups
-from tiedlora.text import aligned, visible
+from tiedlora.text import visible
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ COLUMNS = (
     "test",
     "",
 )
+NUMBERS = ("rank", "of rates", "validation", "seeds", "trials", "failed", "test")
 EDGE_REMARK = "at the edge of the grid"
 EDGE_NOTE = "A rate at the edge of the grid may not be the best: add rates beyond it with train.lr= and select again."
 
@@ -204,7 +208,7 @@ def decision_lines(selected: Selection, actions: Container[str] | None = None) -
     return [visible(line[:LONGEST_MESSAGE]) for line in lines]
 
 
-def table(choices: Sequence[RateChoice]) -> str:
+def table(choices: Sequence[RateChoice]) -> list[RenderableType]:
     """The choices as a table, with notes that a reader needs before a comparison."""
 
     def shown(value: float | None, metric: str) -> str:
@@ -213,7 +217,7 @@ def table(choices: Sequence[RateChoice]) -> str:
             return ""
         return f"{value:.3f}" if metric == LOSS or is_loss(metric) else f"{100 * value:.1f} %"
 
-    rows: list[Sequence[str]] = [COLUMNS]
+    rows: list[Sequence[str]] = []
     trials: dict[tuple[str, str], set[int]] = {}
     for choice in choices:
         numbers = (choice.seeds, choice.trials, choice.failed)
@@ -232,7 +236,7 @@ def table(choices: Sequence[RateChoice]) -> str:
             ]
         )
         trials.setdefault((choice.model, choice.task), set()).add(choice.trials)
-    text = [aligned(rows)]
+    text: list[RenderableType] = [screen.table(COLUMNS, rows, NUMBERS)]
     if any(choice.edge for choice in choices):
         text += ["", EDGE_NOTE]
     for (model, task), counts in trials.items():
@@ -240,4 +244,4 @@ def table(choices: Sequence[RateChoice]) -> str:
             text.append(
                 f"{model} on {task}: {min(counts)} to {max(counts)} trials a configuration: not a fair comparison."
             )
-    return "\n".join(text)
+    return text

@@ -18,7 +18,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tiedlora import storage
+from rich.console import RenderableType
+
+from tiedlora import screen, storage
 from tiedlora.analysis import claims as claim_files
 from tiedlora.analysis.answers import Answer, Verdict, answer_claims
 from tiedlora.analysis.claims import Claim, Pair, Side
@@ -214,11 +216,11 @@ class StagedSweep:
             searches.append(RateSearch(search.name, list(plan.seeds), list(plan.rungs), *bounds, made, *race))
         return Selection(self.sweep.id, "loss", choices, searches)
 
-    def summary(self) -> str:
+    def summary(self) -> list[RenderableType]:
         """The chosen rates as a table, after the decisions that a reader should know."""
         selected = self.selection()
         notes = selection.decision_lines(selected, ("diverged", "outward", "edge", "tied", "fallback", "none"))
-        return "\n".join([*notes, *([""] if notes else []), selection.table(selected.choices)])
+        return [*notes, *([""] if notes else []), *selection.table(selected.choices)]
 
     def end(self, unfinished: Sequence[SweepCell] = ()) -> None:
         """End the command, with SystemExit as run_staged. `unfinished` are missing runs that no search needs."""
@@ -254,7 +256,7 @@ def run_staged(sweep: Sweep, options: SearchOptions, launch: Launch) -> None:
     """
     staged = StagedSweep(sweep, options, launch)
     staged.search()
-    print(f"\n{staged.summary()}")
+    screen.show("", *staged.summary())
     staged.end()
 
 
@@ -313,7 +315,7 @@ def run_deciding(sweep: Sweep, options: DecidingOptions, launch: Launch) -> None
         for answer, cells in states
     ]
     storage.write_changed(sweep.path / VERDICTS_FILE, storage.json_bytes(verdicts))
-    print(f"\n{staged.summary()}\n")
+    screen.show("", *staged.summary(), "")
     for answer, _ in states:
         verdict = "futile" if answer.is_futile else str(answer.verdict)
         where = f" ({answer.model}, {answer.task})" if answer.model else ""

@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
-from rich.console import Console, Group
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from tiedlora import screen
 from tiedlora.config.rates import NOT_SEARCHED, searched_lr
 from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
@@ -37,6 +38,7 @@ KEYS_WITH_COLUMN = ("model", "task", "tying", "rank", "rank.r", "train.lr", "see
 """Keys whose values have their own columns in the table."""
 COLUMNS = ("model", "task", "configuration", "rank", "trainable", "lr", "seed")
 RESULT_COLUMNS = ("state", "step", "score", "val. loss", "seconds")
+NUMBERS = ("rank", "trainable", "seed", "step", "score", "val. loss", "seconds", "time")
 SECONDS_BETWEEN_LOOKS = 1.0
 LARGEST_SHARE = 0.05
 """The largest share of the time for looking: ten thousand cells take seconds on a network file system."""
@@ -208,7 +210,6 @@ def rows(cells: Sequence[CellStatus]) -> list[list[str]]:
     lines = [[*COLUMNS, *extra, *RESULT_COLUMNS]]
     for cell, values in zip(cells, words, strict=True):
         name = cell.cell.name
-        step = f"{cell.step}/{cell.cell.config.train.steps}" if cell.step else ""
         # The first metric in per cent. A loss is in nats, and has its own column.
         score = "" if cell.score is None or is_loss(cell.metric or "") else f"{100 * cell.score:.1f} %"
         loss = "" if cell.validation_loss is None else f"{cell.validation_loss:.3f}"
@@ -216,9 +217,58 @@ def rows(cells: Sequence[CellStatus]) -> list[list[str]]:
             [name.model, name.task, name.configuration, str(name.rank)]
             + [f"{trainable_params(cell.cell.config) or 0:,}", _rate(cell.cell, values), str(name.seed)]
             + [values.get(key, "") for key in extra]
-            + [cell.state, step, score, loss, f"{cell.seconds:.0f}"]
+            + [cell.state, _step(cell), score, loss, f"{cell.seconds:.0f}"]
         )
     return lines
+
+
+def drawn(cells: Sequence[CellStatus]) -> RenderableType:
+    """The table of cells, each in the colour of its state. If there is too little room, columns that only repeat one
+    value are left out.
+    """
+    head, *values = rows(cells)
+    varying = [i for i, name in enumerate(head) if name in RESULT_COLUMNS or len({row[i] for row in values}) > 1]
+
+    def at(places: Sequence[int]) -> Table:
+        return _coloured(cells, [head[i] for i in places], [[row[i] for i in places] for row in values])
+
+    return screen.FirstThatFits(at(range(len(head))), at(varying))
+
+
+def _coloured(cells: Sequence[CellStatus], head: Sequence[str], values: Sequence[Sequence[str]]) -> Table:
+    made = screen.table(head, values, NUMBERS)
+    for row, cell in zip(made.rows, cells, strict=True):
+        row.style = STYLES[cell.state]
+    return made
+
+
+def summarised(sweep_id: str, cells: Sequence[CellStatus]) -> tuple[RenderableType, ...]:
+    """The table of all cells, and below it the counts and times in one line."""
+    return drawn(cells), "", Text(summary_line(sweep_id, cells), style="bold")
+
+
+def unfinished(sweep_id: str, cells: Sequence[CellStatus]) -> Iterator[RenderableType]:
+    """The counts and times in one line, the cells that are not done with the ids that `drop` takes, and why some have
+    failed.
+    """
+    yield Text(summary_line(sweep_id, cells), style="bold")
+    by_state = list(STYLES)
+    listed = [cell for cell in cells if cell.state != State.DONE and cell.is_needed]
+    listed.sort(key=lambda cell: by_state.index(cell.state))
+    if listed:
+        lines = [
+            [cell.state, _step(cell), clock(cell.seconds), f"{cell.cell.name.lr:g}", cell.run_id] for cell in listed
+        ]
+        yield _coloured(listed, ("state", "step", "time", "lr", "cell"), lines)
+    yield from (
+        Text(f"{cell.run_id}: {visible(cell.error or '')}", style=STYLES[cell.state])
+        for cell in listed
+        if cell.state == State.FAILED
+    )
+
+
+def _step(cell: CellStatus) -> str:
+    return f"{cell.step}/{cell.cell.config.train.steps}" if cell.step else ""
 
 
 def _rate(cell: SweepCell, values: Mapping[str, str]) -> str:
@@ -332,8 +382,7 @@ def watch(folder: Path) -> bool:
     Raises:
         UserError: the sweep's own files are damaged.
     """
-    # No text of a file is read as rich's markup.
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = screen.console()
     # The alternate screen: what the terminal showed before comes back at the end, with the last table below it.
     live = Live(console=console, screen=True, auto_refresh=False)
     is_live = console.is_terminal and not console.is_dumb_terminal
@@ -365,13 +414,7 @@ def frame(view: SweepView) -> Group:
             lines += [Text(), Text(title, style="bold")]
             lines += [Text(line, no_wrap=True, overflow="ellipsis") for line in listed]
     cells = sorted(view.cells, key=lambda cell: list(STYLES).index(cell.state))
-    head, *values = rows(cells)
-    # The columns of the sweep's own axes; the others would only repeat one value.
-    shown = [i for i, column in enumerate(head) if column in RESULT_COLUMNS or len({row[i] for row in values}) > 1]
-    drawn = Table(*(head[i] for i in shown), box=None, pad_edge=False)
-    for cell, row in zip(cells, values, strict=True):
-        drawn.add_row(*(row[i] for i in shown), style=STYLES[cell.state])
-    return Group(*lines, Text(), drawn)
+    return Group(*lines, Text(), drawn(cells))
 
 
 def news(before: SweepView | None, now: SweepView) -> Iterator[str]:
