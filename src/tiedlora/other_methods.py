@@ -21,6 +21,8 @@ from tiedlora.families import layout_of
 from tiedlora.keys import EXECUTION, Free, Pattern, Text, neutral
 from tiedlora.tying import Architecture, Rate, Tying
 
+FULL = "full"
+"""The value of tying.method for full fine-tuning: all weights of the base are trained."""
 REGISTERED: dict[str, Any] = {}
 """Kind -> how it is made. adapter/arms.py has the type, and the function that registers one."""
 SEED_ARGUMENTS = ("projection_prng_key", "projection_seed", "proj_seed", "random_loc_seed", "random_seed")
@@ -59,7 +61,7 @@ class TyingConfig(Tying):
     method: Text | None = field(default=None, metadata=neutral(None))
     """Another method instead of A, B, u and v: a configuration class of PEFT, such as VeraConfig, or a kind that a
     program has registered (docs/arena.md). null is this project's own method. A, B, u, v and rank then have no
-    meaning."""
+    meaning. full is full fine-tuning: every weight of the base is trained."""
     arguments: dict[Text, Free] | None = field(default=None, metadata=EXECUTION)
     """The method's arguments that differ from its defaults."""
     resolved: dict[Text, Free] | None = field(default=None, metadata=neutral(None))
@@ -86,7 +88,9 @@ def resolve(method: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, A
     Raises:
         UserError: the method or an argument is unknown, or PEFT is missing.
     """
-    if method in REGISTERED:
+    if method == FULL and arguments:
+        raise UserError("tying.arguments: full fine-tuning has none; leave them out")
+    if method == FULL or method in REGISTERED:
         return method, dict(arguments)
     kind = peft_class(method)
     instance = _instance(kind, arguments)

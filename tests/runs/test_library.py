@@ -19,7 +19,8 @@ from tiedlora.runs import run
 
 
 def test_the_named_arms_are_the_options_of_conf():
-    files = {path.stem for path in (CONF / "tying").glob("*.yaml")} - {"peft"}
+    of_other_methods = {"peft", "full"}
+    files = {path.stem for path in (CONF / "tying").glob("*.yaml")} - of_other_methods
     assert files == {*tying.NAMES, *tying.OTHER_NAMES}
     for name in files:
         ours, option = asdict(tiedlora.named(name)), asdict(tying_option(name))

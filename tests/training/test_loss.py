@@ -105,8 +105,29 @@ def test_the_logits_stay_within_their_memory(dtype, softcap, monkeypatch):
     assert 0.9 * 8 < peaks[8] < 8 + 0.1, peaks
 
 
-def test_a_trained_head_is_refused():
-    base = tiny("tiny_llama")
-    base.model.lm_head.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match="frozen"):
-        chunked.target_loss(base.model, collate(ROWS, pad_id=256))
+@pytest.mark.parametrize("rows", [1, 48, 10**6])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_trained_head_gets_its_gradient(softcap, rows, monkeypatch):
+    """In any chunks, with a cap and a bias, from losses that have different weights."""
+    monkeypatch.setattr(chunked, "CPU_CHUNK_ROWS", rows)
+    generator = torch.Generator().manual_seed(0)
+    states, weight, bias = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in ((90, 8), (50, 8), (50,))
+    )
+    tokens = torch.randint(50, (90,), generator=generator)
+    of_each = torch.rand(90, generator=generator)
+    grads = []
+    for is_plain in (True, False):
+        if is_plain:
+            logits = F.linear(states, weight, bias)
+            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+            losses = F.cross_entropy(logits, tokens, reduction="none")
+        else:
+            losses = chunked._losses_of_trained_head(states, chunked._Head(weight, bias, softcap), tokens)
+        (losses * of_each).sum().backward()
+        grads.append([losses.detach(), *(each.grad.clone() for each in (states, weight, bias))])
+        for each in (states, weight, bias):
+            each.grad = None
+    for plain, ours in zip(*grads, strict=True):
+        assert (plain - ours).abs().max() <= 1e-12 * plain.abs().max()

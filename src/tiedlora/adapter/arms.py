@@ -1,7 +1,8 @@
 """What adapts a base model: the class `Arm`, and how an arm of another method is saved and described.
 
 This project's own method (attach.Attached) and every method of PEFT (peft_arm.PeftArm) are arms. The training, the
-scoring and the record of a run know only the base class. A program can register a third kind (docs/arena.md).
+scoring and the record of a run know only the base class. Full fine-tuning (full_arm.FullArm) is a third kind, and a
+program can register more (docs/arena.md).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tiedlora.adapter import files
 from tiedlora.adapter.parts import ParameterGroup, TiedAdapter
 from tiedlora.description import DESCRIPTION, BaseModelRecord
 from tiedlora.errors import UserError
-from tiedlora.other_methods import REGISTERED, TyingConfig
+from tiedlora.other_methods import FULL, REGISTERED, TyingConfig
 from tiedlora.reading import StoredName, StoredText, StoredWhole, plain, read_typed
 from tiedlora.tying import Architecture, LrFactors
 
@@ -50,7 +51,7 @@ def register(kind: str, factory: Callable[[nn.Module, ArmSpec], Arm]) -> None:
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", kind):
         raise UserError(f"arms: {kind!r:.60} must be lower-case letters, digits and '_'; PEFT's methods have capitals")
-    if REGISTERED.get(kind, factory) is not factory:
+    if kind == FULL or REGISTERED.get(kind, factory) is not factory:
         raise UserError(f"arms: '{kind}' is taken")
     REGISTERED[kind] = factory
 
@@ -144,6 +145,10 @@ class Arm(ABC):
     def unmerge(self) -> None:
         """Restore the weights. Without an earlier `merge` nothing happens."""
         return None
+
+    def fuse(self) -> None:
+        """Merge for good: the arm leaves the model, whose weights keep the update. Raises UserError as `merge`."""
+        self.merge()
 
     def tensors(self) -> dict[str, Tensor]:
         """What the tensors' file holds: trained parts, and frozen ones that cannot be left out."""

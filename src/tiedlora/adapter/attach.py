@@ -25,11 +25,12 @@ from typing_extensions import override
 
 from tiedlora.adapter import architectures, arms, files, linear
 from tiedlora.adapter.arms import Arm, ArmSpec
+from tiedlora.adapter.full_arm import FullArm
 from tiedlora.adapter.parts import ParameterGroup, TiedAdapter
 from tiedlora.description import BaseModelRecord
 from tiedlora.errors import UserError
 from tiedlora.families import layout_of
-from tiedlora.other_methods import REGISTERED
+from tiedlora.other_methods import FULL, REGISTERED
 from tiedlora.tying import FACTORS, Layout, LrFactors, Tying, named, part_of
 
 
@@ -383,6 +384,8 @@ def new_arm(model: nn.Module, spec: ArmSpec) -> Arm:
     """
     method = spec.tying.method
     assert method is not None
+    if method == FULL:
+        return FullArm(model, spec)
     if method in REGISTERED:
         arm: Arm = REGISTERED[method](model, spec)
         return arm

@@ -105,6 +105,8 @@ def load(folder: Path) -> tuple[TiedAdapter, BaseModelRecord]:
     """
     path, tree = folder / TENSORS, storage.read_json(folder / DESCRIPTION)
     try:
+        if "method" in tree:
+            raise UserError("describes an arm of another method, which has no parts A, B, u and v")
         saved = typed(_Description, tree, "an adapter's description")
         check_specification(
             saved.tying, saved.rank, saved.alpha, saved.architecture, seed=saved.seed, scaling=saved.scaling

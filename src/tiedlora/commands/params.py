@@ -17,6 +17,7 @@ from tiedlora.config.rates import NOT_SEARCHED, searched_lr
 from tiedlora.config.schema import Config
 from tiedlora.config.sizes import is_near, trainable_params
 from tiedlora.errors import UserError, as_called
+from tiedlora.other_methods import FULL
 from tiedlora.tying import adapted_layers, lora_params
 
 
@@ -42,7 +43,9 @@ def main(overrides: list[str]) -> None:
         overrides = ["model=llama2_7b", *overrides]
     has_budget = any(override.startswith("budget=") for override in overrides)
     chooses_tying = any(override.startswith(("tying=", "arm=")) for override in overrides)
-    names = [name for name in explain.options("tying") if name != "peft" and (has_budget or "/" not in name)]
+    names = [
+        name for name in explain.options("tying") if name not in ("peft", FULL) and (has_budget or "/" not in name)
+    ]
     options = [[]] if chooses_tying else [[f"tying={name}"] for name in names]
     sizes, refused = [], []
     for option in options:

@@ -14,6 +14,7 @@ from tiedlora.config.embedded import embedded_model
 from tiedlora.config.schema import Config, ModelConfig, ObjectiveConfig, TrainConfig
 from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
+from tiedlora.other_methods import FULL, TyingConfig
 
 LARGEST_RANDOM = 10**9
 """Most parameters of a random model."""
@@ -135,6 +136,9 @@ def _check_method(config: Config) -> None:
     tying_config, train = config.tying, config.train
     if tying_config.terms is not None:
         raise UserError(f"tying.terms: {tying_config.method} has no terms; set tying.terms=null")
+    for key in ("targets", "layers", "dropout") if tying_config.method == FULL else ():
+        if (value := getattr(tying_config, key)) != getattr(TyingConfig(), key):
+            raise UserError(f"tying.{key}={value}: full fine-tuning trains every weight of the base; leave it out")
     layers = tying.adapted_layers(tying_config, config.model.architecture)
     tying.check_layers("tying.layers", layers, config.model.architecture)
     for name in tying.PARTS:

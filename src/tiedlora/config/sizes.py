@@ -34,7 +34,7 @@ def trainable_params(config: Config) -> int | None:
     architecture = config.model.architecture
     if config.tying.method is None:
         return spec.trainable_params(config.tying, config.rank.r, architecture)
-    if config.tying.method in other_methods.REGISTERED:
+    if config.tying.method == other_methods.FULL or config.tying.method in other_methods.REGISTERED:
         return None
     return _peft_params(config.tying, architecture)
 

@@ -23,8 +23,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors.torch import save_file
 
 from tiedlora import storage
-from tiedlora.adapter import arms, attach_adapter
-from tiedlora.adapter.attach import Attached
+from tiedlora.adapter import arms
+from tiedlora.adapter.attach import attach_saved
 from tiedlora.adapter.files import TENSORS
 from tiedlora.adapter.parts import TiedAdapter
 from tiedlora.config import compose
@@ -36,7 +36,7 @@ from tiedlora.errors import UserError
 from tiedlora.families import layout_of
 from tiedlora.models.base_model import load_base
 from tiedlora.models.device import resolve_device
-from tiedlora.other_methods import PEFT_FILE
+from tiedlora.other_methods import FULL, PEFT_FILE
 from tiedlora.records.interval import Interval, Unit
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
@@ -107,8 +107,10 @@ def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path,
     found = run.checksums(*record.files)
     if changed := next((name for name, sha256 in record.files.items() if found.get(name) != sha256), None):
         raise UserError(f"{run.path / changed}: is missing, or has changed since the run; nothing is exported")
-    adapter, trained_on = arms.read(run.adapter)
-    if isinstance(adapter, arms.ArmSpec):
+    adapter, _ = arms.read(run.adapter)
+    if (is_full := config.tying.method == FULL) and options.form != "merged":
+        raise UserError(f"--to {options.form}: full fine-tuning has no adapter; --to merged writes the whole model")
+    if isinstance(adapter, arms.ArmSpec) and not is_full:
         if options.form == "merged":
             raise UserError(
                 f"--to merged: is for this project's own adapters; export the run with --to peft, and use PEFT's "
@@ -120,7 +122,7 @@ def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path,
     if options.form == "hub-card":
         _copy(run, out, DESCRIPTION, TENSORS)
         return
-    if options.form == "peft":
+    if options.form == "peft" and isinstance(adapter, TiedAdapter):
         revision = record.base.revision if config.model.source == "hub" else None
         to_peft(adapter, out, base_to_load(config.model), revision)
         return
@@ -131,9 +133,7 @@ def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path,
         )
     whole = replace(config.model, device_map=None)
     base = load_base(whole, "float32", resolve_device("cpu"), Path(options.cache or config.cache))
-    if trained_on != base.record:
-        raise UserError(f"{run.adapter}: was trained on {trained_on}, the base model here is {base.record}")
-    to_merged(attach_adapter(base.model, adapter), base.tokenizer, out, options.dtype)
+    to_merged(attach_saved(base.model, run.adapter, base.record), base.tokenizer, out, options.dtype)
 
 
 def _copy(run: RunFolder, out: Path, *names: str) -> None:
@@ -287,7 +287,7 @@ def to_peft(adapter: TiedAdapter, folder: Path | str, base: str, revision: str |
     storage.write_json(folder / PEFT_FILE, config)
 
 
-def to_merged(attached: Attached, tokenizer: Any, folder: Path | str, dtype: str = "float32") -> None:
+def to_merged(attached: arms.Arm, tokenizer: Any, folder: Path | str, dtype: str = "float32") -> None:
     """Write the base model with the update in its weights. `AutoModelForCausalLM` loads it. `attached` stays merged.
 
     The sum is computed in float32. A narrower `dtype` rounds it: bfloat16 keeps 8 bits of a weight, so an update

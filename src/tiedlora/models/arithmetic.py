@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tiedlora.config.schema import Config
+from tiedlora.other_methods import FULL
 from tiedlora.tying import Architecture, target_shape
 
 UNGATED_FAMILIES = ("gpt2", "gpt_neox")
@@ -11,6 +12,11 @@ CPU_CHUNK_ROWS = 256
 """The most positions of a chunk of the loss on a CPU. They are enough for the full speed of matrix products."""
 PROCESS_BYTES = 500_000_000
 """A process on a CPU that has imported torch and transformers, without a model. A GPU's peak does not include it."""
+
+FULL_BYTES = 20
+"""Of full fine-tuning, for each weight: the base's own, a float32 one and its gradient, and Adam's two moments."""
+CHECKPOINT_BYTES = 12
+"""What a checkpoint of it holds for each weight: the float32 weight, and the two moments."""
 
 
 def block_weights(a: Architecture) -> int:
@@ -65,6 +71,8 @@ def training_bytes(config: Config, longest_row: int) -> int:
     number = 4 if train.dtype == "float32" else 2
     in_blocks = {None: number, "nf4": 0.5, "int8": 1}[config.model.quantization]
     weights = in_blocks * block_weights(a) + number * 2 * a.vocabulary * a.hidden
+    if config.tying.method == FULL:
+        weights = FULL_BYTES * (block_weights(a) + 2 * a.vocabulary * a.hidden)
     tokens = longest_row * min(train.microbatch_size or train.batch_size, train.batch_size)
     for limit in (train.microbatch_tokens, train.batch_tokens):
         tokens = max(longest_row, min(tokens, limit or tokens))

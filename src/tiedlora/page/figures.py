@@ -64,6 +64,7 @@ STYLES = {
     "LoRA (shuffled targets)": (SOFT, "p", ":"),
     "RaSA": (SKY, "X", "-"),
     "TAuv_LoRA1": (ORANGE, "X", "-"),
+    "full": (INK, "*", "-"),
     "peft/vera": (PURPLE, "X", "--"),
     "peft/unilora": (GREEN, "X", "--"),
     "peft/vblora": (RED, "X", "--"),

@@ -23,7 +23,9 @@ from tiedlora.data.encoding import Encoded, EncodedRows, Encoder, load_or_encode
 from tiedlora.errors import UserError
 from tiedlora.families import layout_of
 from tiedlora.models import device as devices
+from tiedlora.models.arithmetic import CHECKPOINT_BYTES, FULL_BYTES
 from tiedlora.models.base_model import BaseModel, load_base
+from tiedlora.other_methods import FULL
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.provenance import TOKEN_FILES, code_version, package_versions
 from tiedlora.records.run_record import Admission
@@ -61,7 +63,7 @@ class Loaded:
     parts: dict[str, nn.Parameter]
     """Name -> what the arm trains."""
     admission: Admission | None
-    """What was measured of another method; None for this project's own, and in every process but the first."""
+    """What was measured of another method; None for this project's own and full, and in processes but the first."""
     scorer: Scorer
     inputs: RunInputs
     """What the record and the checkpoints say of how the run is carried out."""
@@ -232,6 +234,13 @@ def _attached(config: Config, base: BaseModel, rows: list[Encoded], world: World
     rank, architecture = config.rank, config.model.architecture
     if config.tying.method is not None:
         spec = ArmSpec(config.tying, architecture, config.seed)
+        if config.tying.method == FULL:
+            log.info(
+                "full fine-tuning: %.1f GB for weights, gradients and Adam's moments, beside activations; %.1f GB for "
+                "a checkpoint, twice that in memory while it is written; a step takes about 1.5 times an adapter's",
+                *(size * base.model.num_parameters() / 1e9 for size in (FULL_BYTES, CHECKPOINT_BYTES)),
+            )
+            return new_arm(base.model, spec), None
         admission = _admission(config, spec, base, rows) if world.is_first else None
         return new_arm(base.model, spec), admission
     assert rank.alpha is not None

@@ -216,9 +216,9 @@ def _check_parameters(run: CheckedRun) -> Iterator[Finding]:
         stored = arms.stored_params(run.folder.adapter)
     if trained is not None:
         found["trainable_params"] = trained
-        if stored is not None:
-            found["stored_params"] = None if stored == trained else stored
     count = record.trainable_params if trained is None else trained
+    if stored is not None:
+        found["stored_params"] = None if stored == count else stored
     found["share_of_lora"] = count / tying.lora_params(config.rank.r, architecture)
     yield compared("parameters", run.beside_record(found), f"{count:,} are trained")
 

@@ -4,7 +4,7 @@ Logits determine the peak of memory (several times batch x length x vocabulary).
 padding positions, which the loss does not need. Here the output head is applied only to target positions, one chunk at
 a time. The head is frozen. So the gradient of a chunk with respect to the hidden states is computed in the forward
 pass, and the chunk's logits are freed. Memory then does not grow with the vocabulary times the batch, and there are
-two products with the head instead of three.
+two products with the head instead of three. (tying=full trains the head: each chunk is then computed twice.)
 
 Each chunk reads all weights of the head, so short chunks are bound by the speed of the memory. A chunk has as many
 positions as `train.loss_memory_mb` allows, and on a CPU no more than are enough for the full speed of a product.
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tiedlora.config.schema import TrainConfig
 from tiedlora.data.batching import Batch
@@ -76,7 +77,7 @@ def _summed_in(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Head(NamedTuple):
-    """A frozen output head: logits = weight @ state + bias, and softcap * tanh(logits / softcap) of them."""
+    """An output head: logits = weight @ state + bias, and softcap * tanh(logits / softcap) of them."""
 
     weight: Tensor
     bias: Tensor | None
@@ -135,10 +136,7 @@ def target_loss(model: Any, batch: Batch) -> Tensor:
     """The sum of the cross-entropy over a batch's target tokens, a scalar in float32 (float64 for a float64 model).
 
     Args:
-        model: a causal language model of transformers with a frozen output head.
-
-    Raises:
-        ValueError: the output head is trained. This loss gives no gradient for it.
+        model: a causal language model of transformers.
     """
     return token_losses(model, batch).sum().to(batch.targets.device)
 
@@ -150,12 +148,9 @@ def token_losses(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
         temperature: divides the logits.
 
     Raises:
-        ValueError: as target_loss.
         UserError: the temperature is not 1, and the model's logits are not linear in its hidden states.
     """
     head = model.get_output_embeddings()
-    if head.weight.requires_grad:
-        raise ValueError("target_loss needs a frozen output head")
     if temperature != 1 and (output_head.softcap(model) is not None or getattr(head, "bias", None) is not None):
         raise UserError(
             f"objective.temperature={temperature:g}: the output head of {type(model).__name__} has a bias or a cap on "
@@ -170,8 +165,22 @@ def next_token_losses(model: Any, states: Tensor, tokens: Tensor, temperature: f
     `temperature` divides the hidden states, which is only right for a head without a bias and a softcap.
     """
     with _at_head(model, states, tokens, temperature) as (states, head, tokens):
+        if head.weight.requires_grad and torch.is_grad_enabled():
+            return _losses_of_trained_head(states, head, tokens)
         losses: Tensor = _TokenLosses.apply(states, head, tokens)  # type: ignore[no-untyped-call]
     return losses
+
+
+def _losses_of_trained_head(states: Tensor, head: _Head, tokens: Tensor) -> Tensor:
+    """As _TokenLosses, with gradients for the head too. The backward pass computes each chunk's logits again."""
+
+    def of_chunk(states: Tensor, tokens: Tensor) -> Tensor:
+        return -_log_softmax(states, head).gather(1, tokens.unsqueeze(1)).squeeze(1)
+
+    # The logits, their logarithms, the gradients of both, and two more with a cap.
+    size = chunk_rows(len(head.weight), states.device, 6 * _summed_in(states.dtype).itemsize)
+    chunks = zip(torch.split(states, size), torch.split(tokens, size), strict=True)
+    return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 def _states(model: Any, batch: Batch) -> Tensor:
@@ -197,11 +206,7 @@ def _at_head(
 
 @without_gradients
 def row_losses(model: Any, batch: Batch) -> list[tuple[float, int]]:
-    """Of each of a batch's rows the sum of the cross-entropy over its target tokens, in nats, and their number.
-
-    Raises:
-        ValueError: as target_loss.
-    """
+    """Of each of a batch's rows the sum of the cross-entropy over its target tokens, in nats, and their number."""
     # In float64 on the CPU, because Apple's accelerator has no float64.
     sums = batch.sums_by_row(token_losses(model, batch).cpu().double())
     return list(zip(sums.tolist(), [len(row.target) for row in batch.rows], strict=True))
@@ -217,14 +222,15 @@ def row_divergences(model: Any, batch: Batch, as_base: Callable[[], AbstractCont
     Args:
         as_base: a context inside which `model` computes as the base model.
     """
-    with _at_head(model, _states(model, batch), batch.targets) as at_head:
-        adapted = at_head[0]
+    with _at_head(model, _states(model, batch), batch.targets) as (adapted, head, _):
+        # Full fine-tuning has another head than the base, and `as_base` gives the parameters the base's values.
+        adapted_head = _Head(head.weight.detach(), head.bias if head.bias is None else head.bias.detach(), head.softcap)
     found = []
     with as_base(), _at_head(model, _states(model, batch), batch.targets) as (base, head, _):
         # The logits and their logarithms of both, and two more while these are multiplied.
         size = chunk_rows(len(head.weight), base.device, 6 * _summed_in(base.dtype).itemsize)
-        for states in zip(torch.split(adapted, size), torch.split(base, size), strict=True):
-            log_p, log_q = (_log_softmax(own, head) for own in states)
+        for own, others in zip(torch.split(adapted, size), torch.split(base, size), strict=True):
+            log_p, log_q = _log_softmax(own, adapted_head), _log_softmax(others, head)
             found.append((log_p.exp() * (log_p - log_q)).sum(-1))
     divergences = torch.cat(found).cpu().double()
     return batch.sums_by_row(divergences) / batch.sums_by_row(torch.ones_like(divergences))
