@@ -48,6 +48,15 @@ class Sheet:
     """Blocks of BLOCK rows."""
 
 
+class First(NamedTuple):
+    """What a reader sees first."""
+
+    metrics: set[str]
+    """Those that the report shows."""
+    pairs: Sequence[tuple[RunGroup, RunGroup]]
+    """Two arms that may be compared; the first pair that a sheet has is taken."""
+
+
 class _Column(NamedTuple):
     """The answers of one run."""
 
@@ -71,12 +80,15 @@ def sheets(
         most_bytes: of all sheets. Each has an equal part, and a larger one leaves out the runs of the highest seeds.
     """
     of_setting: dict[tuple[str, str], dict[RunGroup, None]] = defaultdict(dict)
+    primary: dict[tuple[str, str], set[str]] = defaultdict(set)
     for row in rows:
-        of_setting[row.group.setting, row.measure.split][row.group] = None
+        place = row.group.setting, row.measure.split
+        of_setting[place][row.group] = None
+        primary[place].update([row.measure.metric] if row.primary else [])
     found = []
-    for (_, split), own in of_setting.items():
+    for place, own in of_setting.items():
         seeds = sorted({run.seed for group in own for run in group.runs})
-        found.append(_sheet(list(own), split, seeds, pairs, most_bytes // len(of_setting)))
+        found.append(_sheet(list(own), place[1], seeds, First(primary[place], pairs), most_bytes // len(of_setting)))
     return sorted((sheet for sheet in found if sheet is not None), key=lambda sheet: not sheet.head["answers"])
 
 
@@ -84,7 +96,7 @@ def _sheet(
     groups: Sequence[RunGroup],
     split: str,
     seeds: Sequence[int],
-    pairs: Sequence[tuple[RunGroup, RunGroup]],
+    first: First,
     most_bytes: int,
 ) -> Sheet | None:
     """The sheet of the runs with these seeds, or of as many seeds as fit; None if no run's answers can be shown."""
@@ -102,9 +114,8 @@ def _sheet(
             if name not in metrics and any(score is not None for score in own):
                 metrics.append(name)
     has_answers = any(output is not None for column in columns for output in column.outputs)
-    if has_answers:
-        # Those of the answers come first.
-        metrics.sort(key=is_loss)
+    # What the report shows comes first, but a loss says nothing about an answer.
+    metrics.sort(key=lambda name: (has_answers and is_loss(name), name not in first.metrics))
     answers, which = [], []
     for outputs in zip(*(column.outputs for column in columns), strict=True):
         # Whole texts are compared: those that differ only beyond the part that is shown still differ.
@@ -122,7 +133,7 @@ def _sheet(
         "runs": [column.head for column in columns],
         "metrics": [{"name": visible(name), "sign": -1 if is_loss(name) else 1} for name in metrics],
         "answers": has_answers,
-        "pair": _pair(columns, pairs),
+        "pair": _pair(columns, first.pairs),
         "leftOut": list(map(visible, left_out)),
     }
     index = {
@@ -143,7 +154,7 @@ def _sheet(
     sheet = Sheet(head, packed(index), texts)
     size = len(sheet.index) + sum(len(block) + 100 for block in texts)
     if size > most_bytes and len(seeds) > 1:
-        return _sheet(groups, split, seeds[: max(1, int(len(seeds) * most_bytes / size))], pairs, most_bytes)
+        return _sheet(groups, split, seeds[: max(1, int(len(seeds) * most_bytes / size))], first, most_bytes)
     return sheet
 
 

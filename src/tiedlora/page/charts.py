@@ -34,8 +34,8 @@ from tiedlora.text import visible
 
 MOST_COLUMNS = 3
 """The most tasks beside each other in a figure of differences."""
-ROW_NAMES, COLUMN = 1.85, 2.35
-"""Inches of a figure of differences: for the names at its left, and for each task."""
+COLUMN = 2.35
+"""Inches of each of them."""
 MOST_LINES = 8
 """The most configurations of a chart with lines. More could not be told apart; their numbers are in the tables."""
 LONGEST = 32
@@ -90,23 +90,20 @@ def _against_lora(model: str, rankings: Sequence[Sequence[RankedArm]]) -> list[P
         [arm for arm in ranking if arm.difference is not None and not arm.group.is_control] for ranking in rankings
     ]
     drawn = [arms for arms in drawn if arms]
-    rows = {(arm.group.params, arm.group.configuration, arm.group.rank): arm for arms in drawn for arm in arms}
-    places = {key: place for place, key in enumerate(sorted(rows, reverse=True))}
-    names = [rows[key] for key in places]
     found = []
     for start in range(0, len(drawn), MOST_COLUMNS):
         columns = drawn[start : start + MOST_COLUMNS]
-        draw = partial(draw_against_lora, columns=columns, places=places, names=names)
-        size = (ROW_NAMES + COLUMN * len(columns), 1.15 + 0.27 * len(places))
-        found.append(Panel("against", model, "", draw, (), size, (ROW_NAMES, 0.1, 0.75, 0.4)))
+        arms = {(arm.group.params, arm.group.configuration, arm.group.rank): arm for own in columns for arm in own}
+        rows = {key: _row_name(arms[key]) for key in sorted(arms, reverse=True)}
+        left = 0.3 + 0.062 * max(map(len, rows.values()))
+        size = (left + COLUMN * len(columns), 1.15 + 0.24 * len(rows))
+        draw = partial(draw_against_lora, columns=columns, rows=rows)
+        found.append(Panel("against", model, "", draw, (), size, (left, 0.1, 0.75, 0.4)))
     return found
 
 
 def draw_against_lora(
-    ax: Axes,
-    columns: Sequence[Sequence[RankedArm]],
-    places: Mapping[tuple[int, str, int], int],
-    names: Sequence[RankedArm],
+    ax: Axes, columns: Sequence[Sequence[RankedArm]], rows: Mapping[tuple[int, str, int], str]
 ) -> None:
     """A row for each adapter, the largest one at the top, and a column for each task with its own axis.
 
@@ -114,13 +111,12 @@ def draw_against_lora(
     % without a claim. A filled marker holds by Holm's procedure.
 
     Args:
-        places: an arm's parameters, configuration and rank -> its row.
-        names: an arm of each row.
+        rows: an arm's parameters, configuration and rank -> its name, from top to bottom.
     """
     ax.set_axis_off()
-    part = 1 / len(columns)
+    part, places = 1 / len(columns), {key: place for place, key in enumerate(rows)}
     for number, arms in enumerate(columns):
-        own = ax.inset_axes((part * number, 0, 0.93 * part, 1))
+        own = ax.inset_axes((part * number, 0, 0.9 * part, 1))
         measure, factor = arms[0].measure, arms[0].measure.unit.factor
         low, high = (factor * end for end in ranked.difference_axis(arms))
         own.axvline(0, color=SOFT, linewidth=1, zorder=1)
@@ -131,7 +127,7 @@ def draw_against_lora(
         own.set(xlim=(low, high), ylim=(len(places) - 0.4, -0.6), yticks=range(len(places)), yticklabels=[])
         own.tick_params(axis="y", length=0, pad=9)
         if number == 0:
-            own.set_yticklabels([_row_name(arm) for arm in names])
+            own.set_yticklabels(list(rows.values()))
         own.xaxis.set_major_locator(MaxNLocator(4))
         # The numbers keep the sign of a loss.
         own.xaxis.set_major_formatter(
@@ -157,9 +153,11 @@ def _difference_line(ax: Axes, row: int, found: Interval, ends: tuple[float, flo
 
 
 def _row_name(arm: RankedArm) -> str:
-    """Such as `TABuv r 8 (41,328)`, with the LoRA that it is compared with where that is of another size."""
-    name = f"{cut(arm.group.short, LONGEST)} ({arm.group.params:,})"
-    return name if arm.lora is None or arm.has_equal_size else f"{name}\nagainst LoRA of {arm.lora.params:,}"
+    """Such as `TABuv r 8 (41,328)`, with the size of the LoRA that it is compared with where that is another."""
+    size = f"{arm.group.params:,}"
+    if arm.lora is not None and not arm.has_equal_size:
+        size += f"; LoRA: {arm.lora.params:,}"
+    return f"{cut(arm.group.short, LONGEST)} ({size})"
 
 
 def _scaled(found: Interval, factor: float) -> Interval:

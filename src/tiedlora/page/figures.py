@@ -7,10 +7,10 @@ many side by side as fit.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,7 +63,9 @@ _LOOKS = {
 STYLES = {name: (COLOURS[number], marker, dash) for name, (number, marker, dash) in _LOOKS.items()}
 STYLES["LoRA (shuffled targets)"] = (SOFT, "p", ":")
 OTHERS = [(colour, marker, dash) for marker, dash in (("*", "-."), ("p", "--"), ("H", ":")) for colour in COLOURS]
-"""The styles of all other configurations: one of these, which follows from the name."""
+"""The styles of all other configurations."""
+_chosen: dict[str, tuple[str, str, Any]] = {}
+"""Family -> its style, of those that the report has beside the ones above."""
 GLYPHS = dict(zip("odDs^v<>PhHXp*", "●♦◆■▲▼◀▶✚⬢⬣✖⬟★", strict=True))
 """Marker -> the letter that looks like it, for the page's legends. Each marker above needs one, and each colour its
 name in THEME."""
@@ -125,10 +127,21 @@ def order(group: RunGroup) -> tuple[int, int]:
     return (FIRST.index(group.label) if group.label in FIRST else len(FIRST) + is_part, group.rank)
 
 
+def choose_styles(groups: Iterable[RunGroup]) -> None:
+    """Give each configuration of a report that has no style of its own a colour that no other one of them has, as long
+    as there are enough. All figures of the report use it.
+    """
+    families = {group.arm.family for group in groups}
+    taken = {STYLES[family][0] for family in families & STYLES.keys()}
+    free = sorted(OTHERS, key=lambda look: look[0] in taken)
+    others = sorted(families - STYLES.keys())
+    _chosen.clear()
+    _chosen.update(zip(others, itertools.cycle(free), strict=False))
+
+
 def style(arm: TrialArm) -> tuple[str, str, Any]:
     """The colour, marker and dash of an arm, the same in every figure. LoRA on some layers looks as LoRA."""
-    name = arm.family
-    return STYLES.get(name) or OTHERS[zlib.crc32(name.encode("utf-8", "replace")) % len(OTHERS)]
+    return STYLES.get(arm.family) or _chosen.get(arm.family) or OTHERS[0]
 
 
 def legend(panels: Iterable[Panel]) -> list[Key]:

@@ -9,7 +9,7 @@ from statistics import mean
 
 from markupsafe import Markup
 
-from tiedlora.analysis.answers import Verdict
+from tiedlora.analysis.answers import Answer, Verdict
 from tiedlora.analysis.comparison import Estimate
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.ranking import RankedArm, is_at_equal_size
@@ -94,7 +94,7 @@ def shown(ranking: Sequence[RankedArm]) -> list[ShownArm]:
         if answer is not None:
             at_equal_size = is_at_equal_size(answer)
             word = EQUAL_SIZE.get(answer.verdict, answer.verdict.value) if at_equal_size else answer.verdict.value
-            about, holds = "" if at_equal_size else answer.claim.rule.words, answer.survives_holm
+            about, holds = "" if at_equal_size else _about(answer), answer.survives_holm
             tone = TONES.get(answer.verdict, "soft") if at_equal_size else "soft"
         drawn = Markup()
         if interval is not None:
@@ -116,6 +116,12 @@ def shown(ranking: Sequence[RankedArm]) -> list[ShownArm]:
             )
         )
     return rows
+
+
+def _about(answer: Answer) -> str:
+    """What a claim says of its method, such as `keeps 90 % of the gain of LoRA at equal rank`."""
+    rule = answer.claim.rule
+    return f"{rule.words.removeprefix('is ')} {'of' if rule.needs_zero else 'than'} {answer.claim.comparator}"
 
 
 def difference_axis(ranking: Iterable[RankedArm]) -> tuple[float, float]:

@@ -129,6 +129,7 @@ def write(report: Report, out: Path) -> list[str]:
     """
     out.mkdir(parents=True, exist_ok=True)
     all_tables = report.tables()
+    figures.choose_styles(report.groups)
     panels = charts.panels(report.rows, report.rankings, report.share_panels)
     formats = {"md": tables.to_markdown, "csv": tables.to_csv, "tex": tables.to_latex}
     written = [table for table in all_tables if table.rows]
