@@ -110,7 +110,7 @@
     if (change) title.append(make("span", change > 0 ? "up" : "down", change > 0 ? "▲ gained" : "▼ lost"));
     for (const column of shown) {
       const score = scoreOf(column, row);
-      if (score != null) title.append(make("span", "score", `${name(column)} ${+score.toFixed(3)}`));
+      if (score != null) title.append(make("span", "score", `${name(column)}: ${+score.toFixed(3)}`));
     }
     if (prompt) title.append(make("span", "begin", prompt.slice(0, BEGIN).replace(/\s+/g, " ")));
     box.append(title);
