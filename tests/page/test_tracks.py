@@ -11,7 +11,7 @@ SHORT = [Interval(0.02, 0.01, 0.03), Interval(-0.03, -0.04, -0.02), Interval(0.0
 
 def test_an_axis_has_0_and_all_values_and_one_long_interval_does_not_hide_the_others():
     low, high = axis_of_differences(SHORT)
-    assert low < -0.04 < 0 < 0.03 < high
+    assert low < -0.03 < 0 < 0.02 < high
     low, high = axis_of_differences([*SHORT, Interval(0.0, -9.0, 9.0)])
     assert -0.1 < low < 0 < high < 0.1
     low, high = axis_of_differences([*SHORT, Interval(0.5, math.nan, math.nan)])
