@@ -1,4 +1,4 @@
-"""Where no claim applies, a report ranks the arms of a task, by the differences that it computes everywhere else."""
+"""A report ranks the arms of each task, by the differences that it computes everywhere else."""
 
 import re
 
@@ -54,21 +54,51 @@ def test_the_terminal_the_tables_and_the_page_show_the_ranking(report, tmp_path)
     ]
     assert (tmp_path / "report" / "ranking.csv").is_file()
     page = (tmp_path / "report" / "index.html").read_text()
-    assert '<section id="ranking"' in page
-    assert page.count('href="#ranking"') == 1
+    assert page.count('<section class="ranked"') == 1
+    assert 'href="ranking.csv"' in page
 
 
-def test_a_task_with_a_claim_and_a_single_arm_are_not_ranked(tmp_path):
+def test_the_terminal_ranks_no_task_with_a_claim_and_no_single_arm(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.5}, seeds=3, rows=40)
     scored_run(tmp_path / "runs", GOOD, name="TAuv", task="gsm8k")
-    assert report_of_claim(tmp_path).rankings == []
+
+    def ranks(**claim):
+        return [line for line in write.write(report_of_claim(tmp_path, **claim), tmp_path / "r") if "RANKED" in line]
+
+    assert ranks() == []
     # Another claim does not find its arms.
-    report = report_of_claim(tmp_path, method="TAuv, rank: 8", tasks="[chain_sum]")
-    (ranking,) = report.rankings
-    assert [arm.group.configuration for arm in ranking] == ["LoRA", "TABuv"]
-    assert '<section id="ranking"' not in write.render(
-        report_of_claim(tmp_path), report_of_claim(tmp_path).tables(), []
-    )
+    (line,) = ranks(method="TAuv, rank: 8", tasks="[chain_sum]")
+    assert "chain_sum" in line
+
+
+def test_an_arm_between_two_sizes_of_lora_is_compared_with_its_curve(tmp_path):
+    # TABuv r 32 has 78,912 parameters; LoRA r 1 and r 8 have 46,080 and 368,640.
+    world(tmp_path / "runs", {("LoRA", 1): 0.4, ("LoRA", 8): 0.6, ("TABuv", 32): 0.5}, seeds=3, rows=60)
+    (ranking,) = write.build([tmp_path / "runs"]).rankings
+    arms = {arm.group.name: arm for arm in ranking}
+    tied = arms["TABuv r=32"]
+    assert [group.name for group in tied.lora.groups] == ["LoRA r=1", "LoRA r=8"]
+    assert tied.has_equal_size
+    expected = compare(tied.group, tied.lora, tied.measure, Scorebook()).difference()[0]
+    assert tied.from_lora == expected
+    assert tied.difference == expected.widest
+    assert arms["LoRA r=8"].lora is None
+
+
+def test_the_difference_beside_a_verdict_is_the_one_that_it_rests_on(tmp_path):
+    world(tmp_path / "runs", {("LoRA", 1): 0.2, ("LoRA", 8): 0.3, ("TABuv", 32): 0.8}, seeds=5, rows=200)
+    report = report_of_claim(tmp_path, "better_by: 0", "TABuv, rank: 32", "frontier: LoRA", top="looks: [3, 5]")
+    (tied,) = [arm for ranking in report.rankings for arm in ranking if arm.group.label == "TABuv"]
+    assert tied.answer.verdict == "supported"
+    assert tied.holds
+    assert tied.difference == tied.answer.tested.interval
+    assert tied.difference != tied.from_lora.widest, "all five seeds"
+    (shown,) = [row for row in ranked.shown(report.rankings[0]) if row.group.label == "TABuv"]
+    assert (shown.word, shown.holds, shown.about, shown.peer) == ("better", True, "", "")
+    assert ("Better than LoRA of its size", "TABuv r 32 *") in ranked.in_short(report.rankings[0])
+    table = ranked.table(report.rankings)
+    texts = {row[table.head.index("configuration")]: row for row in table.texts()}
+    assert texts["TABuv"][table.head.index("verdict")] == "supported"
 
 
 def test_a_rate_that_was_searched_here_or_for_a_study_is_no_guess(tmp_path):

@@ -1,4 +1,4 @@
-"""Shares of a gain: the lines of the forest, and what every arm keeps of a reference's gain."""
+"""What a rule tests, in words, and what every arm keeps of a reference's gain."""
 
 import math
 
@@ -11,28 +11,46 @@ from tiedlora.analysis.runs import Scorebook
 from tiedlora.records.interval import Interval
 
 
-def test_the_forest_has_a_bar_in_the_zone_and_says_why_one_is_missing(tmp_path):
+def test_what_a_rule_tests_lies_on_its_side_of_the_zone_and_says_why_it_is_missing(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.62}, rows=1000, seed_sd=0.002)
     world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, rows=1000, seed_sd=0.002, task="squad")
     world(tmp_path / "runs", {"LoRA": 0.11, "TABuv": 0.1}, rows=200, task="gsm8k")
-    ((_, found),) = shares.forest(report_of_claim(tmp_path).answers)
-    lines = {line.task: line for line in found}
+    lines = {line.task: line for line in report_of_claim(tmp_path).answers}
     supported, contradicted, floor = lines["chain_sum"], lines["squad"], lines["gsm8k"]
     assert supported.is_firm
-    assert supported.findings.kept.low > supported.zone[0] == 0.9
-    assert contradicted.findings.kept.high < 0.9
-    assert floor.findings.kept is None
-    assert shares.kept_in_words(floor) == "the comparator's gain may be 0"
+    assert supported.tested.interval.low > supported.tested.zone[0] == 0.9
+    assert contradicted.tested.interval.high < 0.9
+    assert floor.tested is None
+    assert shares.tested_in_words(floor) == "the comparator's gain may be 0"
+
+
+def test_a_difference_has_the_level_and_the_seeds_of_its_look_and_the_sign_of_a_loss(tmp_path):
+    for seed in range(5):
+        for name, loss in (("LoRA", 1.0), ("TABuv", 0.9 + 0.001 * seed)):
+            losses = [loss + 0.01 * (place % 7) for place in range(60)]
+            scored_run(tmp_path / "runs", losses, [2.0] * 60, metric="target_loss", name=name, seed=seed)
+    (answer,) = report_of_claim(tmp_path, "better_by: 0", top="looks: [3, 5]").answers
+    assert (answer.verdict, answer.findings.seeds, answer.findings.difference_seeds) == ("supported", 3, 5)
+    tested = answer.tested
+    # The mean of 0.9, 0.901 and 0.902, minus 1: the seeds of the look alone.
+    assert tested.interval.value == pytest.approx(-0.099)
+    assert tested.interval.low < tested.interval.value < tested.interval.high < 0
+    assert (tested.sign, tested.zone) == (-1.0, (0.0, math.inf))
+    wide, all_seeds = tested.interval, answer.findings.difference.widest
+    assert wide.high - wide.low > all_seeds.high - all_seeds.low
+    assert shares.tested_in_words(answer).startswith("-0.099 nats [")
+    assert shares.tested_in_words(answer).endswith("], 3 seeds")
 
 
 def test_one_seed_has_an_interval_over_rows_and_no_planned_look(tmp_path):
     for name, right in (("LoRA", 30), ("TABuv", 24)):
         scored_run(tmp_path / "runs", [1.0] * right + [0.0] * (50 - right), [1.0] * 10 + [0.0] * 40, name=name)
-    ((_, (line,)),) = shares.forest(report_of_claim(tmp_path).answers)
+    (line,) = report_of_claim(tmp_path).answers
     assert not line.is_firm
-    assert line.findings.kept.value == pytest.approx((24 - 10) / (30 - 10))
-    assert line.findings.kept.low < line.findings.kept.value < line.findings.kept.high
-    assert shares.kept_in_words(line).endswith(", 1 seed")
+    kept = line.tested.interval
+    assert kept.value == pytest.approx((24 - 10) / (30 - 10))
+    assert kept.low < kept.value < kept.high
+    assert shares.tested_in_words(line).endswith(", 1 seed")
 
 
 def test_the_axis_holds_the_comparator_and_what_is_drawn_and_is_bounded():

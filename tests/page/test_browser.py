@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import shutil
 
 from helpers.hostile import HOSTILE, change_rows
 from helpers.report_runs import make_record, prediction_rows, score_run, scored_run, write_run
@@ -45,8 +46,26 @@ def test_a_sheet_holds_every_answer_in_blocks_of_rows_and_equal_ones_once(tmp_pa
     assert given == [["#### 3"] * 6, ["a", "x", "c", "y", "#### 3", "f"], ["a", "b", "c", "d", "e", "f"]]
     assert list(map(len, answers)) == [2, 3, 2, 3, 2, 2]
     assert index["scores"] == [[[0.0] * 6, [1.0, 0.0] * 3, [1.0, 0.0] * 3]]
-    assert sheet.head["pair"] == [2, 1], "LoRA against TABuv"
+    assert sheet.head["answers"]
     assert [unpacked(sheet.texts[1])[name][1] for name in ("prompts", "references")] == ["Question 5", ["3"]]
+
+
+def test_the_arms_of_the_first_pair_are_first_and_never_two_seeds_of_one(tmp_path):
+    for name, seeds in (("LoRA", (0, 1, 2)), ("TABuv", (1, 2)), ("TAB", (2,))):
+        for seed in seeds:
+            run(tmp_path, ["a"] * ROWS, name=name, seed=seed)
+    groups = {group.label: group for group in group_runs(read_runs([tmp_path])[0])}
+
+    def first(*pairs):
+        (sheet,) = sheets(tmp_path, pairs=[tuple(groups[name] for name in pair) for pair in pairs])
+        return [sheet.head["runs"][column]["name"] for column in sheet.head["pair"]]
+
+    assert first(("LoRA", "TABuv"), ("LoRA", "TAB")) == ["LoRA r=8 · seed 1", "TABuv r=8 · seed 1"]
+    assert first(("LoRA", "LoRA"), ("LoRA", "TAB")) == ["LoRA r=8 · seed 2", "TAB r=8 · seed 2"]
+    for name in ("TABuv", "TAB"):
+        for folder in tmp_path.glob(f"{name}-*"):
+            shutil.rmtree(folder)
+    assert first(("LoRA", "LoRA")) == ["base", "LoRA r=8 · seed 0"]
 
 
 def test_hostile_and_long_texts_are_shortened_data_and_differ_beyond_the_shown_part(tmp_path):
@@ -89,6 +108,7 @@ def test_a_row_without_an_answer_has_none_and_a_corpus_statistic_is_no_score_of_
     (sheet,) = sheets(tmp_path)
     assert unpacked(sheet.index)["which"] == [[-1] * ROWS]
     assert sheet.head["metrics"] == [{"name": "target_loss", "sign": -1}]
+    assert not sheet.head["answers"]
 
 
 def test_too_large_a_sheet_leaves_out_the_highest_seeds_and_says_so(tmp_path):

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 from helpers.hostile import HOSTILE
-from helpers.report_runs import BASE, GOOD, make_record, scored_run, world, write_config, write_lines
+from helpers.report_runs import BASE, GOOD, make_record, report_of_claim, scored_run, world, write_config, write_lines
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -17,7 +17,7 @@ from tiedlora.records.rows import MetricsRow
 
 def panels(root):
     report = write.build([root])
-    return charts.panels(report.rows, report.answers, report.share_panels)
+    return charts.panels(report.rows, report.rankings, report.share_panels)
 
 
 def drawn(panel):
@@ -68,6 +68,7 @@ def test_curves_have_a_line_for_each_configuration_and_a_band_over_seeds_and_one
             rows += [MetricsRow(step, {"validation/f1": 0.5}) for step in ((50, 100) if name == "LoRA" else (100,))]
             write_lines(folder / "metrics.jsonl", rows)
     found = panels(tmp_path)
+    found = [panel for panel in found if panel.kind != "against"]
     assert [panel.kind for panel in found] == ["pareto", "curves", "curves"], "one rate is no search"
     assert [panel.title for panel in found[1:]] == ["chain_sum", "chain_sum, validation/f1"]
     assert [group.label for group in found[2].groups] == ["LoRA"], "one step is no curve"
@@ -85,6 +86,38 @@ def test_pareto_fills_what_is_not_beaten_and_names_the_points(tmp_path):
         "TAB has more parameters than TA and a lower score"
     )
     assert {"LoRA r 8", "TABuv r 8"} <= {text.get_text() for text in ax.texts}
+
+
+def test_differences_from_lora_have_better_at_the_right_and_are_filled_if_they_hold(tmp_path):
+    truth = {("LoRA", 1): 0.2, ("LoRA", 8): 0.3, ("TABuv", 32): 0.8, ("TAB", 48): 0.2}
+    world(tmp_path / "runs", truth, seeds=5, rows=200)
+    report = report_of_claim(tmp_path, "better_by: 0", "TABuv, rank: 32", "frontier: LoRA", top="looks: [3, 5]")
+    found = charts.panels(report.rows, report.rankings, report.share_panels)
+    (panel,) = [panel for panel in found if panel.kind == "against"]
+    (ax,) = drawn(panel).child_axes
+    params = {arm.group.label: arm.group.params for arm in report.rankings[0]}
+    rows = sorted(("TABuv", "TAB"), key=lambda name: -params[name])
+    assert [label.get_text().split()[0] for label in ax.get_yticklabels()] == rows
+    points = [line for line in ax.lines if len(line.get_xdata()) == 1 and line.get_marker() in "Ds"]
+    assert [(line.get_marker(), to_hex(line.get_markerfacecolor()) != BACK) for line in points] == [
+        ("D", True),
+        ("s", False),
+    ]
+    assert points[0].get_xdata()[0] > 0 > points[1].get_xdata()[0]
+
+
+def test_no_two_configurations_have_one_colour(tmp_path):
+    colours = [colour for colour, _, _ in figures.STYLES.values()]
+    assert len(set(colours)) == len(colours)
+    for name in ("TABuv", "TAB", "TA", "LoRA"):
+        scored_run(tmp_path, GOOD, BASE, name=name)
+        # Its name follows from its values, so that it is none of the named configurations.
+        scored_run(tmp_path, GOOD, BASE, name=name, changes={"config.objective.name": "reward"})
+    report = write.build([tmp_path])
+    figures.choose_styles(report.groups)
+    looks = {group.arm.family: figures.style(group.arm)[0] for group in report.groups}
+    assert len(looks) == 8
+    assert len(set(looks.values())) == 8
 
 
 @pytest.mark.filterwarnings("error")

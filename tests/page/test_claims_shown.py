@@ -1,4 +1,4 @@
-"""What the first screen says of claims: the matrix, the forest, and what every arm keeps of a reference's gain."""
+"""What the page says of claims, by subject, and what every arm keeps of a reference's gain."""
 
 import csv
 
@@ -32,42 +32,61 @@ def report_of(root):
 
 
 def panels(report, kind):
-    found = charts.panels(report.rows, report.answers, report.share_panels)
+    found = charts.panels(report.rows, report.rankings, report.share_panels)
     return [panel for panel in found if panel.kind == kind]
 
 
 def models(report):
-    return {model.name: model for model in write.models(report.rows, report.verdicts, [])}
+    return {model.name: model for model in write.models(report, [])}
 
 
-def test_cells_have_verdicts_and_differences_and_lead_to_reasons_and_the_forest_is_a_file(three_tasks, tmp_path):
+def test_claims_stand_by_subject_with_what_their_rule_tests_and_those_without_runs_are_counted(three_tasks):
     report = report_of(three_tasks)
     model = models(report)["tiny"]
-    assert model.tasks == ["chain_sum", "gsm8k", "squad"]
     assert model.headline == "2 claims: 1 contradicted, 1 not run"
-    cells = {task: (write.word(answer), *write.effect(answer)) for task, answer, _ in model.rows[0][1]}
-    assert cells["chain_sum"][0] == "supported"
-    answer = next(answer for answer in report.answers if answer.task == "squad" and answer.pair)
-    verdict, effect, ends = cells["squad"]
-    assert (verdict, effect) == ("contradicted", f"−{abs(100 * answer.findings.difference.value):.1f} points")
-    assert ends.startswith("[−")
-    assert model.rows[0][0].verdict == "contradicted"
-    assert [write.word(answer) for _, answer, _ in model.rows[1][1]] == ["not asked", "not asked", "not run"]
-    ids = [id_ for _, cells in model.rows for _, _, id_ in cells]
-    assert len(ids) == len(set(ids)) == 6
-    figures.write_files(panels(report, "forest"), tmp_path)
-    assert "contradicted" in (tmp_path / "forest.svg").read_text()
+    ((subject, (verdict,)),) = model.subjects
+    assert subject == "TABuv r=8"
+    assert verdict.verdict == "contradicted"
+    assert [claim.claim.name for claim in model.not_run] == ["of another rank"]
+    answers = {answer.task: answer for answer in verdict.answers}
+    assert {task: answer.verdict for task, answer in answers.items()} == {
+        "chain_sum": "supported",
+        "squad": "contradicted",
+        "gsm8k": "undecided",
+    }
+    squad = answers["squad"]
+    kept = squad.findings.look.share.kept
+    assert (
+        write.found_in_words(squad)
+        == f"{100 * kept.value:.0f} % [{100 * kept.low:.0f}, {100 * kept.high:.0f}], 3 seeds"
+    )
+    drawn = write.claim_tracks(report.answers)
+    assert "var(--bad)" in drawn(squad)
+    assert "var(--zone)" in drawn(squad)
+    assert drawn(answers["gsm8k"]) == ""
+
+
+def test_every_number_of_a_line_is_in_the_csv_file(three_tasks, tmp_path):
+    report = report_of(three_tasks)
+    write.write(report, tmp_path)
+    with open(tmp_path / "claims.csv", newline="") as file:
+        rows = {row["task"]: row for row in csv.DictReader(file) if row["claim"] == "keeps"}
+    for answer in report.answers:
+        if answer.tested is not None:
+            row, kept = rows[answer.task], answer.tested.interval
+            own = [row[f"share kept at the look's level{ending}"] for ending in ("", " low", " high")]
+            assert own == [f"{100 * end:.2f}" for end in (kept.value, kept.low, kept.high)]
+            assert row["seeds"] == str(answer.findings.seeds)
+            assert row["seeds of the difference"] == str(answer.findings.difference_seeds)
 
 
 def test_a_model_without_runs_of_a_claim_says_so(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.62}, seeds=2, rows=60)
     world(tmp_path / "runs", {"LoRA": 0.6}, seeds=2, rows=60, model="org/other")
-    report = report_of(tmp_path)
-    rows, of_tiny = models(report)["other"].rows, models(report)["tiny"].rows
-    assert len(rows) == len(of_tiny), "every claim of the file"
-    for _, cells in rows:
-        assert {write.word(answer) for _, answer, _ in cells} - {"not asked"} == {"not run"}
-    assert [panel.model for panel in panels(report, "forest")] == ["tiny"]
+    found = models(report_of(tmp_path))
+    assert [verdict.claim.name for verdict in found["other"].not_run] == ["keeps", "of another rank"]
+    assert found["other"].subjects == []
+    assert len(found["tiny"].verdicts) == 2, "every claim of the file"
 
 
 @pytest.mark.parametrize(("lora", "base"), [([0.0] * 50, [0.0] * 50), ([1.0] * 50, None)])
@@ -97,3 +116,4 @@ def test_shares_are_files_and_first_on_the_page_and_no_arm_is_lost_beyond_the_ax
     assert shares == {"LoRA": "100.00", "TABuv": "90.00", "TA": "400.00"}
     html = (tmp_path / "report" / "index.html").read_text()
     assert html.index("<h3>Share of the gain against") < html.index("<h3>Score against")
+    assert html.index('<section class="ranked"') < html.index("<h3>Share of the gain against")

@@ -36,7 +36,12 @@ def to_answers(page):
 
 
 def ids(page):
-    return [text.removeprefix("row ") for text in page.locator(".answer h3 a").all_inner_texts()]
+    return [text.removeprefix("row ") for text in page.locator(".answer .title a").all_inner_texts()]
+
+
+def open_rows(page):
+    page.evaluate("document.querySelectorAll('.answer details').forEach((row) => { row.open = true; })")
+    page.wait_for_selector(".answer .given")
 
 
 def wait_for(page, text):
@@ -47,6 +52,11 @@ def test_rows_side_by_side_with_filters_and_counts(report):
     with opened(report) as page:
         to_answers(page)
         assert page.locator("#answers-status").inner_text() == "rows 1 to 20 of 60"
+        assert page.locator(".answer .given").count() == 0, "rows are closed at first"
+        page.locator(".answer summary").first.click(position={"x": 3, "y": 8})
+        page.wait_for_selector(".answer .given")
+        assert page.locator(".answer .given").count() == 1
+        open_rows(page)
         columns = page.locator(".answer").nth(25 % 20).locator(".given b").all_inner_texts()
         assert columns == ["base", "LoRA r=8 · seed 0", "TABuv r=8 · seed 0"]
         counts = page.locator("#answers-filter b").all_inner_texts()
@@ -55,6 +65,7 @@ def test_rows_side_by_side_with_filters_and_counts(report):
         page.locator("#answers-filter [value=gained]").check(force=True)
         wait_for(page, "of 5")
         assert ids(page) == ["30", "31", "32", "33", "34"]
+        open_rows(page)
         assert page.locator(".answer mark").all_inner_texts() == ["wrong", "right"] * 5
         assert "differs after" in page.locator(".given .second .none").first.inner_text()
         page.locator("#answers-filter [value=lost]").check(force=True)
@@ -73,12 +84,12 @@ def test_search_and_other_runs_and_order(report):
         page.locator("#answers-query").fill("")
         page.locator("#answers-order").select_option("loss")
         wait_for(page, "of 60")
-        page.wait_for_function("document.querySelector('.answer h3').textContent.includes('20')")
+        page.wait_for_function("document.querySelector('.answer .title a').textContent.includes('20')")
         page.locator(".also summary").click()
         page.locator("#answers-also label", has_text="TABuv r=8 · seed 1").click()
-        page.wait_for_function("document.querySelector('.answer .given').children.length === 4")
+        page.wait_for_function("document.querySelectorAll('.answer')[0].querySelectorAll('.score').length === 4")
         page.locator("#answers-first").select_option(label="base")
-        page.wait_for_function("document.querySelector('.answer .first b').textContent === 'base'")
+        page.wait_for_function("document.querySelector('.answer .score').textContent.startsWith('base')")
 
 
 def test_a_link_leads_to_a_row_of_another_task_and_the_pager_turns(report):
@@ -88,17 +99,19 @@ def test_a_link_leads_to_a_row_of_another_task_and_the_pager_turns(report):
         page.wait_for_timeout(300)
         page.locator("#answers-next").click()
         wait_for(page, "rows 21 to 40 of 60")
-        link = page.locator(".answer h3 a").nth(5).get_attribute("href")
+        link = page.locator(".answer .title a").nth(5).get_attribute("href")
     with opened(report, suffix=link) as page:
         page.wait_for_selector(".answer.here")
-        assert page.locator(".answer.here h3 a").inner_text() == "row 25"
+        assert page.locator(".answer.here .title a").inner_text() == "row 25"
         assert page.locator("#answers-sheet").input_value() == "1"
         assert page.evaluate("document.activeElement.className") == "answer here"
+        assert page.locator(".answer.here .given").is_visible(), "the row of a link is open"
 
 
 def test_hostile_answers_and_a_megabyte_line_stay_text(report):
     with opened(report) as page:
         to_answers(page)
+        open_rows(page)
         row = page.locator(".answer").nth(3)
         assert row.locator(".first pre").text_content() == visible_lines(HOSTILE)
         assert row.locator(".second pre").text_content() == "<img src=x onerror=alert(1)>"
@@ -111,15 +124,27 @@ def test_hostile_answers_and_a_megabyte_line_stay_text(report):
         assert "more characters in scores/" in shown
 
 
-def test_a_cell_opens_its_reason_by_keyboard(report):
+def test_a_line_of_a_claim_opens_its_reason_by_keyboard(report):
     with opened(report) as page:
-        cell = page.locator(".cell a").first
-        cell.focus()
+        line = page.locator(".line").first
+        assert not line.locator(".numbers").is_visible()
+        line.locator("summary").focus()
         page.keyboard.press("Enter")
-        target = cell.get_attribute("href")
-        page.wait_for_function("id => document.querySelector(id).closest('details').open", arg=target)
-        assert page.locator(target).is_visible()
-        assert page.evaluate("document.activeElement.id") == target[1:]
+        assert line.locator(".numbers").is_visible()
+
+
+def test_rows_with_losses_alone_have_no_empty_boxes_and_the_largest_difference_first(tmp_path):
+    for name, last in (("LoRA", 1.0), ("TABuv", 3.0)):
+        scored_run(tmp_path / "runs", [1.0, 2.0, 0.5, last], metric="target_loss", name=name)
+    write.write(write.build([tmp_path / "runs"]), tmp_path / "report")
+    with opened(tmp_path / "report" / "index.html") as page:
+        to_answers(page)
+        assert page.locator("#answers-title").inner_text() == "Rows"
+        assert ids(page)[0] == "3"
+        page.evaluate("document.querySelectorAll('.answer details').forEach((row) => { row.open = true; })")
+        page.wait_for_selector(".asked")
+        # Their prompts and references are in the record, and no answers.
+        assert page.locator(".given > div").count() == 0
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

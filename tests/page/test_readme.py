@@ -24,7 +24,7 @@ Words between the tables stay.
 """
 
 
-def test_the_tables_stand_between_the_marks_and_a_verdict_of_an_earlier_look_says_how_many_seeds_it_had(tmp_path):
+def test_the_tables_stand_between_the_marks_and_a_verdict_has_the_number_and_the_seeds_of_its_look(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.9, "TABuv": 0.1}, seeds=5, rows=200)
     report = report_of_claim(tmp_path)
     file = tmp_path / "README.md"
@@ -35,8 +35,9 @@ def test_the_tables_stand_between_the_marks_and_a_verdict_of_an_earlier_look_say
     assert "Words between the tables stay." in text
     (answer,) = report.answers
     assert (answer.findings.seeds, answer.findings.difference_seeds, answer.survives_holm) == (3, 5, True)
-    assert "| contradicted at 3 seeds \\*: −" in text
-    assert ", 5 seeds |" in text
+    kept = answer.findings.look.share.kept
+    cell = f"| contradicted \\*: {100 * kept.value:.0f} % \\[{100 * kept.low:.0f}, {100 * kept.high:.0f}\\], 3 seeds |"
+    assert cell.replace("-", "−") in text
     for row in report.rows:
         assert text.count(Unit.POINTS.text(row.score.widest).replace("[", "\\[").replace("]", "\\]")) == 1
     assert report.summary() in text

@@ -107,6 +107,11 @@ class RunGroup:
         return [self]
 
     @property
+    def is_control(self) -> bool:
+        """Whether it learned from shuffled targets, and so is no adapter for use."""
+        return self.runs[0].record.identity.shuffles_targets
+
+    @property
     def is_other_method(self) -> bool:
         """Whether another method was trained, which has no rank of ours."""
         return self.arm.method is not None

@@ -1,11 +1,10 @@
-"""Shares of a gain, for two figures: what each claim's method keeps, and what every arm keeps beside its parameters.
+"""Shares of a gain: how they are said and drawn, and what every arm keeps of a reference's gain beside its parameters.
 
 0 is the zero point (the base model, or a claim's floor), and 1 the comparator. docs/results.md has the rest.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -13,13 +12,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from tiedlora.analysis import claims, rules
-from tiedlora.analysis.answers import BASE, Answer, Verdict, test_of
-from tiedlora.analysis.claims import Claim, Pair
+from tiedlora.analysis.answers import BASE, Answer, Verdict
+from tiedlora.analysis.claims import Pair
 from tiedlora.analysis.comparison import compare
 from tiedlora.analysis.groups import Blend, RunGroup, curve
 from tiedlora.analysis.results import ResultRow
 from tiedlora.analysis.runs import Measure, NotComparable, Scorebook
-from tiedlora.records.interval import Interval
+from tiedlora.records.interval import Interval, Unit
 from tiedlora.text import counted
 
 LEAST, MOST = -0.25, 1.6
@@ -83,26 +82,21 @@ def percent(share: float, decimals: int = 0) -> str:
     return f"{100 * share:z.{decimals}f}"
 
 
-# The forest plot.
-
-
-def kept_in_words(answer: Answer) -> str:
-    """The share that a claim's method keeps, such as `97 % [88, 106], 5 seeds`, or why there is none."""
-    found = answer.findings
-    if found.kept is not None:
-        return f"{share_in_words(found.kept, answer.zone or ())}, {counted(found.seeds, 'seed')}"
-    if found.share is not None:
-        return "no gain of the comparator" if found.share.gain <= 0 else "the comparator's gain may be 0"
-    return "no scores of the base" if found.seeds else "no comparison yet"
-
-
-def forest(answers: Iterable[Answer]) -> list[tuple[Claim, list[Answer]]]:
-    """The answers of one model, by claim, in their order. A test that two claims share has one line."""
-    tests: dict[tuple[object, ...], Answer] = {}
-    for answer in answers:
-        tests.setdefault(test_of(answer), answer)
-    by_claim = (list(own) for _, own in itertools.groupby(tests.values(), key=lambda answer: id(answer.claim)))
-    return [(own[0].claim, own) for own in by_claim]
+def tested_in_words(answer: Answer) -> str:
+    """What the rule tests, such as `97 % [88, 106], 5 seeds` or `-0.034 nats [-0.043, -0.026], 5 seeds`; or why there
+    is no such number.
+    """
+    found, tested = answer.findings, answer.tested
+    if tested is None or answer.measure is None:
+        if found.share is not None and answer.claim.rule.needs_zero:
+            return "no gain of the comparator" if found.share.gain <= 0 else "the comparator's gain may be 0"
+        return "no scores of the base" if found.seeds else "no comparison yet"
+    count = found.seeds if tested.is_share or found.look is not None else found.difference_seeds
+    if tested.is_share:
+        return f"{share_in_words(tested.interval, tested.zone)}, {counted(count, 'seed')}"
+    unit = answer.measure.unit
+    words = " points" if unit is Unit.POINTS else f" {unit.words}" if unit is Unit.NATS else ""
+    return f"{unit.text(tested.interval, '+', words)}, {counted(count, 'seed')}"
 
 
 # Shares beside parameters.

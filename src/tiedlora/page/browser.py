@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tiedlora.analysis.groups import RunGroup
-from tiedlora.analysis.results import BASELINE, ResultRow
+from tiedlora.analysis.results import ResultRow
 from tiedlora.analysis.runs import Run
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
@@ -48,6 +48,15 @@ class Sheet:
     """Blocks of BLOCK rows."""
 
 
+class First(NamedTuple):
+    """What a reader sees first."""
+
+    metrics: set[str]
+    """Those that the report shows."""
+    pairs: Sequence[tuple[RunGroup, RunGroup]]
+    """Two arms that may be compared; the first pair that a sheet has is taken."""
+
+
 class _Column(NamedTuple):
     """The answers of one run."""
 
@@ -61,23 +70,35 @@ class _Column(NamedTuple):
     scores: dict[str, list[float | None]]
 
 
-def sheets(rows: Iterable[ResultRow], most_bytes: int = MOST_BYTES) -> list[Sheet]:
-    """A sheet for each setting whose chosen runs have answers.
+def sheets(
+    rows: Iterable[ResultRow], pairs: Sequence[tuple[RunGroup, RunGroup]] = (), most_bytes: int = MOST_BYTES
+) -> list[Sheet]:
+    """A sheet for each setting whose chosen runs have scores of rows, those with answers first.
 
     Args:
+        pairs: two arms that may be compared at first; the first pair that a sheet has is taken.
         most_bytes: of all sheets. Each has an equal part, and a larger one leaves out the runs of the highest seeds.
     """
     of_setting: dict[tuple[str, str], dict[RunGroup, None]] = defaultdict(dict)
+    primary: dict[tuple[str, str], set[str]] = defaultdict(set)
     for row in rows:
-        of_setting[row.group.setting, row.measure.split][row.group] = None
+        place = row.group.setting, row.measure.split
+        of_setting[place][row.group] = None
+        primary[place].update([row.measure.metric] if row.primary else [])
     found = []
-    for (_, split), own in of_setting.items():
+    for place, own in of_setting.items():
         seeds = sorted({run.seed for group in own for run in group.runs})
-        found.append(_sheet(list(own), split, seeds, most_bytes // len(of_setting)))
-    return [sheet for sheet in found if sheet is not None]
+        found.append(_sheet(list(own), place[1], seeds, First(primary[place], pairs), most_bytes // len(of_setting)))
+    return sorted((sheet for sheet in found if sheet is not None), key=lambda sheet: not sheet.head["answers"])
 
 
-def _sheet(groups: Sequence[RunGroup], split: str, seeds: Sequence[int], most_bytes: int) -> Sheet | None:
+def _sheet(
+    groups: Sequence[RunGroup],
+    split: str,
+    seeds: Sequence[int],
+    first: First,
+    most_bytes: int,
+) -> Sheet | None:
     """The sheet of the runs with these seeds, or of as many seeds as fit; None if no run's answers can be shown."""
     runs = [(group, run) for group in groups for run in group.runs if run.scores.of(split)]
     left_out = [
@@ -92,6 +113,9 @@ def _sheet(groups: Sequence[RunGroup], split: str, seeds: Sequence[int], most_by
             # A metric without a score of a row, such as BLEU, is not offered.
             if name not in metrics and any(score is not None for score in own):
                 metrics.append(name)
+    has_answers = any(output is not None for column in columns for output in column.outputs)
+    # What the report shows comes first, but a loss says nothing about an answer.
+    metrics.sort(key=lambda name: (has_answers and is_loss(name), name not in first.metrics))
     answers, which = [], []
     for outputs in zip(*(column.outputs for column in columns), strict=True):
         # Whole texts are compared: those that differ only beyond the part that is shown still differ.
@@ -108,7 +132,8 @@ def _sheet(groups: Sequence[RunGroup], split: str, seeds: Sequence[int], most_by
         "block": BLOCK,
         "runs": [column.head for column in columns],
         "metrics": [{"name": visible(name), "sign": -1 if is_loss(name) else 1} for name in metrics],
-        "pair": _pair(columns),
+        "answers": has_answers,
+        "pair": _pair(columns, first.pairs),
         "leftOut": list(map(visible, left_out)),
     }
     index = {
@@ -129,7 +154,7 @@ def _sheet(groups: Sequence[RunGroup], split: str, seeds: Sequence[int], most_by
     sheet = Sheet(head, packed(index), texts)
     size = len(sheet.index) + sum(len(block) + 100 for block in texts)
     if size > most_bytes and len(seeds) > 1:
-        return _sheet(groups, split, seeds[: max(1, int(len(seeds) * most_bytes / size))], most_bytes)
+        return _sheet(groups, split, seeds[: max(1, int(len(seeds) * most_bytes / size))], first, most_bytes)
     return sheet
 
 
@@ -176,19 +201,21 @@ def _score(row: PredictionRow, metric: str) -> float | None:
     return None if score is None or isinstance(score, list) else round(float(score), 4)
 
 
-def _pair(columns: Sequence[_Column]) -> list[int]:
-    """The two columns that are compared at first: LoRA and TABuv at one rank and seed, or else the first two runs."""
-    of_label: dict[str, list[tuple[int, RunGroup, int]]] = defaultdict(list)
+def _pair(columns: Sequence[_Column], pairs: Sequence[tuple[RunGroup, RunGroup]]) -> list[int]:
+    """The two columns that are compared at first: the arms of the first pair that is here, with one seed if they share
+    one. An arm alone is compared with the base model, never with another seed of its own.
+    """
+    of_arm: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
     for place, column in enumerate(columns):
-        if column.group:
-            of_label[column.group.label].append((place, column.group, column.seed))
-    pairs = []
-    for first, lora, seed in of_label[BASELINE]:
-        for second, tied, other_seed in of_label["TABuv"]:
-            pairs.append((lora.rank != tied.rank, seed != other_seed, first, second))
-    # The base model, if it is there, is the first column, and stands in for a second run that is missing.
-    first = int(columns[0].group is None and len(columns) > 2)
-    return list(min(pairs)[2:] if pairs else (first, min(first + 1, len(columns) - 1)))
+        if column.group is not None:
+            of_arm[column.group.setting, column.group.name].setdefault(column.seed, place)
+    arms = list(of_arm.values())
+    named = [tuple(of_arm.get((group.setting, group.name), {}) for group in pair) for pair in pairs]
+    first, second = next((pair for pair in named if all(pair) and pair[0] is not pair[1]), (arms[0], arms[-1]))
+    if first is second:
+        return [0 if columns[0].group is None else min(first.values()), min(first.values())]
+    seed = min(first.keys() & second.keys(), default=None)
+    return [min(own.values()) if seed is None else own[seed] for own in (first, second)]
 
 
 def packed(value: Any) -> str:

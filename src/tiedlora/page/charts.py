@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import itertools
 import math
-import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from matplotlib.transforms import Bbox, blended_transform_factory
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 from scipy.spatial.distance import cdist
 
 from tiedlora.analysis import shares
-from tiedlora.analysis.answers import BASE, Answer
-from tiedlora.analysis.claims import Claim
 from tiedlora.analysis.groups import RunGroup
+from tiedlora.analysis.ranking import RankedArm
 from tiedlora.analysis.results import ResultRow
 from tiedlora.analysis.runs import Measure, logged_curves
 from tiedlora.analysis.shares import ShareAxis, SharePanel
-from tiedlora.page.figures import BACK, INK, LINE, SOFT, VERDICTS, ZONE, Panel, cut, order, style
+from tiedlora.page import ranked
+from tiedlora.page.figures import BACK, INK, SOFT, Panel, cut, order, style
 from tiedlora.page.tables import minus
+from tiedlora.page.tracks import better_right
 from tiedlora.records.interval import Interval
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.text import visible
 
+MOST_COLUMNS = 3
+"""The most tasks beside each other in a figure of differences."""
+COLUMN = 2.35
+"""Inches of each of them."""
 MOST_LINES = 8
 """The most configurations of a chart with lines. More could not be told apart; their numbers are in the tables."""
 LONGEST = 32
@@ -39,13 +44,13 @@ WITH_NAMES = (0.62, 1.1, 0.5, 0.12)
 """The margins of a panel with names at the right ends of lines."""
 
 
-def panels(rows: Sequence[ResultRow], answers: Sequence[Answer], share_panels: Sequence[SharePanel]) -> list[Panel]:
+def panels(
+    rows: Sequence[ResultRow], rankings: Sequence[Sequence[RankedArm]], share_panels: Sequence[SharePanel]
+) -> list[Panel]:
     """Every panel of a report, by model and in the page's order."""
     found = []
     for model in dict.fromkeys(row.group.model for row in rows):
-        forest = shares.forest(answer for answer in answers if answer.model == model and answer.pair is not None)
-        if any(answer.findings.kept is not None for _, own in forest for answer in own):
-            found.append(_forest(model, forest))
+        found += _against_lora(model, [ranking for ranking in rankings if ranking[0].group.model == model])
         for panel in (panel for panel in share_panels if panel.reference.model == model):
             draw = partial(draw_shares, panel=panel, share_panels=share_panels)
             seeds = [arm.seeds for arm in panel.arms]
@@ -76,84 +81,88 @@ def _title(group: RunGroup, measure: Measure) -> str:
     return f"{group.task_in_words}, {measure.metric.replace('_', ' ')}"
 
 
-# --- The forest: every claim with a line for each task, on the scale of the comparator's gain.
+# --- Every adapter against LoRA of its size.
 
 
-def _forest(model: str, forest: Sequence[tuple[Claim, list[Answer]]]) -> Panel:
-    zeros = {line.zero for _, lines in forest for line in lines}
-    stated = [f"{claim.name} (0 %: {lines[0].zero})" if len(zeros) > 1 else claim.name for claim, lines in forest]
-    names = [textwrap.wrap(visible(name), 64, max_lines=2, placeholder="…") for name in stated]
-    longest = max(len(cut(line.task, LONGEST)) for _, lines in forest for line in lines)
-    height = sum(0.45 + 0.75 * len(name) + len(lines) for name, (_, lines) in zip(names, forest, strict=True))
-    draw = partial(draw_forest, forest=forest, names=names, height=height)
-    # The inches that names at the left of the axis need.
-    left = 0.25 + 0.065 * longest
-    return Panel("forest", model, "", draw, (), (left + 4.5, 0.6 + 0.19 * height), (left, 2.05, 0.56, 0.04))
+def _against_lora(model: str, rankings: Sequence[Sequence[RankedArm]]) -> list[Panel]:
+    """Panels of at most MOST_COLUMNS tasks, with the same rows; none without LoRA."""
+    drawn = [
+        [arm for arm in ranking if arm.difference is not None and not arm.group.is_control] for ranking in rankings
+    ]
+    drawn = [arms for arms in drawn if arms]
+    found = []
+    for start in range(0, len(drawn), MOST_COLUMNS):
+        columns = drawn[start : start + MOST_COLUMNS]
+        arms = {(arm.group.params, arm.group.configuration, arm.group.rank): arm for own in columns for arm in own}
+        rows = {key: _row_name(arms[key]) for key in sorted(arms, reverse=True)}
+        left = 0.3 + 0.062 * max(map(len, rows.values()))
+        size = (left + COLUMN * len(columns), 1.15 + 0.24 * len(rows))
+        draw = partial(draw_against_lora, columns=columns, rows=rows)
+        found.append(Panel("against", model, "", draw, (), size, (left, 0.1, 0.75, 0.4)))
+    return found
 
 
-def draw_forest(
-    ax: Axes, forest: Sequence[tuple[Claim, list[Answer]]], names: Sequence[Sequence[str]], height: float
+def draw_against_lora(
+    ax: Axes, columns: Sequence[Sequence[RankedArm]], rows: Mapping[tuple[int, str, int], str]
 ) -> None:
-    """Claims with their lines, from top to bottom.
+    """A row for each adapter, the largest one at the top, and a column for each task with its own axis.
+
+    Better is to the right, also where a lower number is better. Each line is the interval of the verdict, or one of 95
+    % without a claim. A filled marker holds by Holm's procedure.
 
     Args:
-        names: the claims' names, in lines.
-        height: that of all of it, in lines of tasks.
+        rows: an arm's parameters, configuration and rank -> its name, from top to bottom.
     """
-    drawn = [(line.findings.kept, line.zone) for _, lines in forest for line in lines]
-    scale = shares.axis((kept for kept, _ in drawn if kept), (zone for _, zone in drawn if zone))
-    # Claims start at the left end of the figure, in inches.
-    across_all = blended_transform_factory(ax.figure.dpi_scale_trans, ax.transData)
-    place, ticks = 0.1, []
-    for (_, lines), name in zip(forest, names, strict=True):
-        place += 0.45 + 0.75 * len(name)
-        title = ax.text(0.1, place - 0.08, "\n".join(name), va="bottom", fontweight="bold", linespacing=1.1)
-        title.set_transform(across_all)
-        beside = np.arange(len(lines)) + place + 0.5
-        for at, line in zip(beside, lines, strict=True):
-            ticks.append((at, cut(line.task, LONGEST)))
-            _forest_line(ax, line, float(at), scale)
-        place += len(lines)
-        # Lines to compare with stand only beside the bars, so that they do not cross the claims' names.
-        for tick in scale.ticks:
-            colour = SOFT if tick in (0.0, 1.0) else LINE
-            ax.plot([tick] * 2, [beside[0] - 0.5, beside[-1] + 0.5], color=colour, linewidth=0.8, zorder=1)
-    ax.set_ylim(height + 0.2, 0)
-    ax.set_yticks([at for at, _ in ticks], [task for _, task in ticks])
-    ax.set_xlim(scale.low, scale.high)
-    ax.set_xticks(list(scale.ticks), _percents(scale))
-    comparators = {claim.comparator.label or claim.comparator.frontier for claim, _ in forest}
-    name = cut(comparators.pop(), 12) if len(comparators) == 1 else "comparator"
-    zero = "base" if all(line.zero == BASE for _, lines in forest for line in lines) else "zero point"
-    ax.set_xlabel(f"share of the gain ({zero} 0 %, {name} 100 %)")
-    ax.grid(visible=False)
+    ax.set_axis_off()
+    part, places = 1 / len(columns), {key: place for place, key in enumerate(rows)}
+    for number, arms in enumerate(columns):
+        own = ax.inset_axes((part * number, 0, 0.9 * part, 1))
+        measure, factor = arms[0].measure, arms[0].measure.unit.factor
+        low, high = (factor * end for end in ranked.difference_axis(arms))
+        own.axvline(0, color=SOFT, linewidth=1, zorder=1)
+        for arm in arms:
+            assert arm.difference is not None
+            row = places[arm.group.params, arm.group.configuration, arm.group.rank]
+            _difference_line(own, row, _scaled(better_right(arm.difference, measure.sign), factor), (low, high), arm)
+        own.set(xlim=(low, high), ylim=(len(places) - 0.4, -0.6), yticks=range(len(places)), yticklabels=[])
+        own.tick_params(axis="y", length=0, pad=9)
+        if number == 0:
+            own.set_yticklabels(list(rows.values()))
+        own.xaxis.set_major_locator(MaxNLocator(4))
+        # The numbers keep the sign of a loss.
+        own.xaxis.set_major_formatter(
+            FuncFormatter(lambda x, _, sign=measure.sign: minus(f"{sign * x:+.3g}") if x else "0")
+        )
+        own.set_xlabel(f"{measure.metric.replace('_', ' ')}, {measure.unit.words}")
+        own.set_title(cut(arms[0].group.task_in_words, LONGEST), pad=16)
+        zero = -low / (high - low)
+        for x, side, word in ((zero - 0.02, "right", "← worse"), (zero + 0.02, "left", "better →")):
+            own.text(x, 1.01, word, transform=own.transAxes, ha=side, va="bottom", color=SOFT, fontsize=8)
 
 
-def _forest_line(ax: Axes, line: Answer, place: float, scale: ShareAxis) -> None:
-    if (share := line.findings.kept) is None:
-        _text(ax, 0.02, place, shares.kept_in_words(line), SOFT)
-        return
-    colour, marker = VERDICTS[line.verdict]
-    _text(ax, 1.04, place, minus(shares.kept_in_words(line)), colour)
-    plot = partial(ax.plot, color=colour, markersize=5, clip_on=False)
-    if line.zone is not None:
-        low, high = map(scale.nearest, line.zone)
-        ax.fill_between([low, high], place - 0.46, place + 0.46, color=ZONE, linewidth=0, zorder=0)
-    if not math.isnan(share.low):
-        ends, dash = [scale.nearest(share.low), scale.nearest(share.high)], "-" if line.is_firm else "--"
-        ax.plot(ends, [place] * 2, color=colour, linewidth=1.8, linestyle=dash, solid_capstyle="butt")
-    if min(share.low, share.value) < scale.low:
-        plot([scale.low], [place], marker="<")
-    if max(share.high, share.value) > scale.high:
-        plot([scale.high], [place], marker=">")
-    if scale.low <= share.value <= scale.high:
-        face = colour if line.is_firm and line.verdict != "undecided" else BACK
-        plot([share.value], [place], marker=marker, markerfacecolor=face, zorder=3)
+def _difference_line(ax: Axes, row: int, found: Interval, ends: tuple[float, float], arm: RankedArm) -> None:
+    colour, marker, _ = style(arm.group.arm)
+    low, high = ends
+    if not math.isnan(found.low):
+        ax.plot([max(low, found.low), min(high, found.high)], [row, row], color=colour, linewidth=1.8, zorder=2)
+    for is_beyond, end, arrow in ((found.low < low, low, "<"), (found.high > high, high, ">")):
+        if is_beyond:
+            ax.plot([end], [row], arrow, color=colour, markersize=4, clip_on=False)
+    if low <= found.value <= high:
+        _mark(ax, found.value, row, colour=colour, marker=marker, is_filled=arm.holds)
 
 
-def _text(ax: Axes, x: float, y: float, text: str, colour: str) -> None:
-    """A text beside a line. x is a share of the axes' width."""
-    ax.text(x, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=8, color=colour)
+def _row_name(arm: RankedArm) -> str:
+    """Such as `TABuv r 8 (41,328)`, with the size of the LoRA that it is compared with where that is another."""
+    size = f"{arm.group.params:,}"
+    if arm.lora is not None and not arm.has_equal_size:
+        size += f"; LoRA: {arm.lora.params:,}"
+    return f"{cut(arm.group.short, LONGEST)} ({size})"
+
+
+def _scaled(found: Interval, factor: float) -> Interval:
+    """In the unit of an axis."""
+    return Interval(factor * found.value, factor * found.low, factor * found.high)
 
 
 # --- Scores and shares against parameters.
@@ -231,9 +240,7 @@ def draw_pareto(ax: Axes, rows: Sequence[ResultRow]) -> None:
     for row in rows:
         assert row.score is not None
         over_rows = row.score.examples or Interval(row.score.value, math.nan, math.nan)
-        # In the unit of the axis.
-        factor = measure.unit.factor
-        values.append(Interval(factor * row.score.value, factor * over_rows.low, factor * over_rows.high))
+        values.append(_scaled(replace(over_rows, value=row.score.value), measure.unit.factor))
     best = front([(row.group.params, measure.sign * v.value) for row, v in zip(rows, values, strict=True)])
     corners = [(rows[place].group.params, values[place].value) for place in best]
     ax.plot(*zip(*corners, strict=True), color=SOFT, linewidth=0.8, zorder=1)

@@ -7,10 +7,10 @@ many side by side as fit.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,53 +31,48 @@ from tiedlora.config.trial_arm import TrialArm
 from tiedlora.text import visible
 
 HERE = Path(__file__).parent
-LIGHT = dict(re.findall(r"--(\w+): (#\w+)", (HERE / "page.css").read_text(encoding="utf-8").partition("@media")[0]))
-NAMES = ("ink", "soft", "line", "back", "zone", "good", "bad", "open", *(f"k{number}" for number in range(7)))
+LIGHT = dict(re.findall(r"--(\w+): light-dark\((#\w+)", (HERE / "page.css").read_text(encoding="utf-8")))
+NAMES = ("ink", "soft", "line", "back", *(f"k{number}" for number in range(18)))
 # k0 to k6 are after Okabe and Ito's palette, without black and yellow, each of which is invisible on one background.
+# The others are darker or lighter ones between them.
 THEME = {name: LIGHT[name] for name in NAMES} | {"back": "#ffffff"}
 """The colours of page.css in its light theme, by the names of its variables; the dark theme has others. The background
 is white in files, and nearly white on the page."""
-INK, SOFT, LINE, BACK, ZONE, GOOD, BAD, OPEN, *COLOURS = THEME.values()
+INK, SOFT, LINE, BACK, *COLOURS = THEME.values()
 CSS_NAMES = {colour: name for name, colour in THEME.items()}
-VERDICTS = {
-    "supported": (GOOD, "o"),
-    "contradicted": (BAD, "D"),
-    "undecided": (OPEN, "o"),
-    "uninformative": (SOFT, "s"),
-    "cannot fail here": (SOFT, "x"),
+# Each configuration has its own colour, and its own marker and dash, so that they differ in a grey print too.
+_LOOKS = {
+    "LoRA": (0, "o", "-"),
+    "LoRA_qkv": (1, "h", "-"),
+    "TABuv": (2, "D", "-"),
+    "TABuv_b0": (7, "d", "-."),
+    "TAB": (3, "s", "-"),
+    "TA": (8, "^", "--"),
+    "TB": (9, "v", ":"),
+    "Tuv": (4, "P", "-"),
+    "TAuv": (5, "<", "--"),
+    "TBuv": (10, ">", ":"),
+    "TBuv_b0": (11, "h", ":"),
+    "RaSA": (12, "X", "-"),
+    "TAuv_LoRA1": (13, "X", "-"),
+    "peft/vera": (14, "X", "--"),
+    "peft/unilora": (15, "X", "--"),
+    "peft/vblora": (16, "X", "--"),
+    "peft/tinylora": (17, "X", "--"),
 }
-"""Verdict -> its colour and marker."""
-# A family has one colour, and each configuration has its own marker and dash, so that they differ in a grey print too.
-BLUE, SKY, RED, GREEN, PURPLE, ORANGE, _ = COLOURS
-STYLES = {
-    "LoRA": (BLUE, "o", "-"),
-    "LoRA_qkv": (SKY, "h", "-"),
-    "TABuv": (RED, "D", "-"),
-    "TABuv_b0": (RED, "d", "-."),
-    "TAB": (GREEN, "s", "-"),
-    "TA": (GREEN, "^", "--"),
-    "TB": (GREEN, "v", ":"),
-    "Tuv": (PURPLE, "P", "-"),
-    "TAuv": (ORANGE, "<", "--"),
-    "TBuv": (ORANGE, ">", ":"),
-    "TBuv_b0": (ORANGE, "h", ":"),
-    "LoRA (shuffled targets)": (SOFT, "p", ":"),
-    "RaSA": (SKY, "X", "-"),
-    "TAuv_LoRA1": (ORANGE, "X", "-"),
-    "full": (INK, "*", "-"),
-    "peft/vera": (PURPLE, "X", "--"),
-    "peft/unilora": (GREEN, "X", "--"),
-    "peft/vblora": (RED, "X", "--"),
-    "peft/tinylora": (BLUE, "X", "--"),
-}
+STYLES = {name: (COLOURS[number], marker, dash) for name, (number, marker, dash) in _LOOKS.items()}
+STYLES["LoRA (shuffled targets)"] = (SOFT, "p", ":")
+STYLES["full"] = (INK, "*", "-")
 OTHERS = [(colour, marker, dash) for marker, dash in (("*", "-."), ("p", "--"), ("H", ":")) for colour in COLOURS]
-"""The styles of all other configurations: one of these, which follows from the name."""
+"""The styles of all other configurations."""
+_chosen: dict[str, tuple[str, str, Any]] = {}
+"""Family -> its style, of those that the report has beside the ones above."""
 GLYPHS = dict(zip("odDs^v<>PhHXp*", "●♦◆■▲▼◀▶✚⬢⬣✖⬟★", strict=True))
 """Marker -> the letter that looks like it, for the page's legends. Each marker above needs one, and each colour its
 name in THEME."""
 FIRST = ("LoRA", "TABuv", "TABuv_b0", "TAuv")
 """The configurations that are drawn and named first. LoRA on some layers comes last."""
-KINDS = ("forest", "shares", "pareto", "curves", "search")
+KINDS = ("against", "shares", "pareto", "curves", "search")
 """What a panel may belong to; a report has a figure of each kind, if there is anything to draw."""
 MOST_PANELS = 12
 """The most panels of a file. More would be unreadable; the page has them all."""
@@ -133,10 +128,21 @@ def order(group: RunGroup) -> tuple[int, int]:
     return (FIRST.index(group.label) if group.label in FIRST else len(FIRST) + is_part, group.rank)
 
 
+def choose_styles(groups: Iterable[RunGroup]) -> None:
+    """Give each configuration of a report that has no style of its own a colour that no other one of them has, as long
+    as there are enough. All figures of the report use it.
+    """
+    families = {group.arm.family for group in groups}
+    taken = {STYLES[family][0] for family in families & STYLES.keys()}
+    free = sorted(OTHERS, key=lambda look: look[0] in taken)
+    others = sorted(families - STYLES.keys())
+    _chosen.clear()
+    _chosen.update(zip(others, itertools.cycle(free), strict=False))
+
+
 def style(arm: TrialArm) -> tuple[str, str, Any]:
     """The colour, marker and dash of an arm, the same in every figure. LoRA on some layers looks as LoRA."""
-    name = arm.family
-    return STYLES.get(name) or OTHERS[zlib.crc32(name.encode("utf-8", "replace")) % len(OTHERS)]
+    return STYLES.get(arm.family) or _chosen.get(arm.family) or OTHERS[0]
 
 
 def legend(panels: Iterable[Panel]) -> list[Key]:
@@ -217,14 +223,17 @@ def _figure(panels: Sequence[Panel], is_file: bool = True) -> Figure:
 
 
 def _handles(panels: Sequence[Panel]) -> list[Line2D]:
-    """A file's legend: configurations, or what the markers of a forest say."""
+    """A file's legend: the configurations, or what a filled marker says."""
     kind = panels[0].kind
-    verdicts = [Key(verdict, colour, marker, "", []) for verdict, (colour, marker) in VERDICTS.items()]
+    if kind == "against":
+        words = {SOFT: "holds by Holm's procedure", BACK: "does not, or no claim asks"}
+        return [
+            Line2D([], [], color=SOFT, marker="o", markerfacecolor=inside, linestyle="none", label=label)
+            for inside, label in words.items()
+        ]
     found = []
-    for key in verdicts if kind == "forest" else legend(panels):
-        inside = BACK if key.name == "undecided" else key.colour
-        label, colour, marker = cut(key.name, 32), key.colour, key.marker
-        line = Line2D([], [], color=colour, marker=marker, markerfacecolor=inside, label=label)
+    for key in legend(panels):
+        line = Line2D([], [], color=key.colour, marker=key.marker, label=cut(key.name, 32))
         line.set_linestyle(key.dash if kind in ("curves", "search") else "none")
         found.append(line)
     return found

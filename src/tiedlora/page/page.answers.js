@@ -2,7 +2,7 @@
 (() => {
   const get = (name) => document.getElementById(`answers-${name}`);
   if (!get("rows")) return;
-  const PAGE = 20, LONG = 700, MOST_WORDS = 600, LEAST_COMMON = 0.4;
+  const PAGE = 20, LONG = 700, MOST_WORDS = 600, LEAST_COMMON = 0.4, BEGIN = 160;
   const make = (tag, css, text) => {
     const element = document.createElement(tag);
     if (css) element.className = css;
@@ -55,6 +55,7 @@
     gained: { words: () => `${name(second)} gained`, holds: (row) => gain(row) > 0 },
     lost: { words: () => `${name(second)} lost`, holds: (row) => gain(row) < 0 },
   };
+  const ORDERS = { row: null, gain, loss: (row) => -gain(row), most: (row) => Math.abs(gain(row)) };
   // The base model comes first (it is column 0), then the pair, then the others in their order.
   const columns = () => [...new Set([...(also.has(0) ? [0] : []), first, second, ...[...also].sort((a, b) => a - b)])];
 
@@ -74,7 +75,8 @@
       get("filter").querySelector(`[data-count="${key}"]`).textContent = own.length.toLocaleString("en");
       if (key === filter) found = own;
     }
-    if (order !== "row") found.sort((a, b) => (order === "gain" ? gain(b) - gain(a) : gain(a) - gain(b)) || a - b);
+    const by = ORDERS[order];
+    if (by) found.sort((a, b) => by(b) - by(a) || a - b);
     await draw(mine);
   };
 
@@ -93,41 +95,59 @@
 
   // --- One row.
   const link = (row) => "#answers?" + new URLSearchParams({ sheet: sheet.head.key, row: sheet.ids[row], a: sheet.head.runs[first].id, b: sheet.head.runs[second].id });
+  // A row is closed at first: its scores and the beginning of its prompt. What is not in the record has no box.
+  const scoreOf = (column, row) => sheet.scores[metric]?.[column]?.[row];
   const card = (row, { prompt, references, answers }, shown) => {
     const card = make("article", row === here ? "answer here" : "answer");
     card.tabIndex = -1;
-    const title = make("h3");
+    const text = (column) => (sheet.which[column][row] < 0 ? null : answers[sheet.which[column][row]]);
+    const hasTexts = prompt || references.some((each) => each) || shown.some((column) => text(column) !== null);
+    const box = make(hasTexts ? "details" : "div"), title = make(hasTexts ? "summary" : "div", "title");
     const anchor = make("a", "", `row ${sheet.ids[row]}`);
     anchor.href = link(row);
     title.append(anchor);
     const change = gain(row);
-    if (change) title.append(" ", make("span", change > 0 ? "up" : "down", change > 0 ? "▲ gained" : "▼ lost"));
-    const asked = make("div", "asked");
-    asked.append(part("prompt", prompt), part(references.length > 1 ? `${references.length} references` : "reference", references.join("\n")));
-    const given = make("div", "given");
-    const text = (column) => (sheet.which[column][row] < 0 ? null : answers[sheet.which[column][row]]);
+    if (change) title.append(make("span", change > 0 ? "up" : "down", change > 0 ? "▲ gained" : "▼ lost"));
+    for (const column of shown) {
+      const score = scoreOf(column, row);
+      if (score != null) title.append(make("span", "score", `${name(column)}: ${+score.toFixed(3)}`));
+    }
+    if (prompt) title.append(make("span", "begin", prompt.slice(0, BEGIN).replace(/\s+/g, " ")));
+    box.append(title);
+    if (hasTexts) {
+      const fill = () => { if (box.open && box.children.length === 1) box.append(...body(row, prompt, references, shown, text)); };
+      box.addEventListener("toggle", fill);
+      box.open = row === here;
+      fill();
+    }
+    card.append(box);
+    return card;
+  };
+  const body = (row, prompt, references, shown, text) => {
+    const asked = make("div", "asked"), given = make("div", "given");
+    const reference = references.join("\n");
+    if (prompt) asked.append(part("prompt", prompt));
+    if (reference) asked.append(part(references.length > 1 ? `${references.length} references` : "reference", reference));
     const one = text(first);
     for (const column of shown) {
       const other = text(column);
+      if (other === null) continue;
       const box = make("div", column === first ? "first" : column === second ? "second" : "");
       const head = make("h4");
       head.append(make("b", "", name(column)), ...sheet.head.runs[column].marks.map((mark) => make("span", "mark-word", mark)));
-      const score = sheet.scores[metric]?.[column]?.[row];
+      const score = scoreOf(column, row);
       if (score != null) head.append(make("span", "", `${sheet.head.metrics[metric].name} ${+score.toFixed(3)}`));
       box.append(head);
-      if (other === null) box.append(make("p", "none", "no answer was generated"));
-      else if (other === "") box.append(make("p", "none", "an empty answer"));
+      if (other === "") box.append(make("p", "none", "an empty answer"));
       else if (column === first) box.append(long(marked(other, shown.includes(second) ? text(second) : null), other));
       else box.append(long(marked(other, one), other), ...(one === null ? [] : [make("p", "none", divergence(one, other))]));
       given.append(box);
     }
-    card.append(title, asked, given);
-    return card;
+    return [asked, given];
   };
   const part = (label, text) => {
     const box = make("div");
-    const head = make("h4", "", label);
-    box.append(head, text ? long([text], text) : make("p", "none", "not in the record"));
+    box.append(make("h4", "", label), long([text], text));
     return box;
   };
   // A long text shows its beginning, and the rest on demand.
@@ -217,13 +237,16 @@
     for (const key of ["gained", "lost", "differ", "all"])
       get("filter").querySelector(`[data-words="${key}"]`).textContent = FILTERS[key].words();
     get("legend").textContent = `Gained and lost: ${name(second)} against ${name(first)}, by ${sheet.head.metrics[metric]?.name ?? "no score"}. ` +
-      `Marked words are not in ${name(first)}'s answer (and in its own, not in the other's).${sheet.head.leftOut.length ? ` Not shown: ${sheet.head.leftOut.join("; ")}.` : ""}`;
+      `${sheet.head.answers ? `Marked words are not in ${name(first)}'s answer (and in its own, not in the other's).` : "These runs have losses alone, no answers."}${sheet.head.leftOut.length ? ` Not shown: ${sheet.head.leftOut.join("; ")}.` : ""}`;
   };
   const use = async (number) => {
     sheet = await open(number);
     const runs = sheet.head.runs.map((run, column) => [column, run.name]);
     also = new Set(sheet.head.runs[0].id === "base" ? [0] : []);
     [page, here, metric] = [0, -1, 0];
+    // Without answers, rows are worth a look where the losses differ most.
+    order = get("order").value = sheet.head.answers ? "row" : "most";
+    get("filter").querySelector('[value="differ"]').closest("label").hidden = !sheet.head.answers;
     fill(get("metric"), sheet.head.metrics.map((each, place) => [place, each.name]), 0);
     fill(get("first"), runs, sheet.head.pair[0]);
     fill(get("second"), runs, sheet.head.pair[1]);
@@ -239,7 +262,7 @@
     label.append(radio, words, " ", count);
     get("filter").append(label);
   }
-  [filter, order, query] = ["all", "row", ""];
+  [filter, query] = ["all", ""];
   const on = (element, event, change) => element.addEventListener(event, async (e) => {
     await change(e.target);
     [page, here] = [0, -1];

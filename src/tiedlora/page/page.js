@@ -21,14 +21,6 @@
   addEventListener("hashchange", reveal);
   reveal();
 
-  // Print shows the reasons, whether they are open or not.
-  let opened = [];
-  addEventListener("beforeprint", () => {
-    opened = [...document.querySelectorAll(".reasons details:not([open])")];
-    opened.forEach((fold) => { fold.open = true; });
-  });
-  addEventListener("afterprint", () => opened.forEach((fold) => { fold.open = false; }));
-
   // Numbers sort by value, everything else as text, and what is missing comes last either way.
   const key = (row, column) => {
     const text = row.cells[column].textContent.trim();

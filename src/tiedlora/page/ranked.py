@@ -1,31 +1,44 @@
-"""A ranking of arms as a table of the report, and on a terminal."""
+"""A ranking of arms: as a table of the report, as rows of its page, and on a terminal."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from statistics import mean
 
+from markupsafe import Markup
 from rich.console import RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from tiedlora import screen
+from tiedlora.analysis.answers import Answer, Verdict
 from tiedlora.analysis.comparison import Estimate
-from tiedlora.analysis.ranking import RankedArm
+from tiedlora.analysis.groups import RunGroup
+from tiedlora.analysis.ranking import RankedArm, is_at_equal_size
+from tiedlora.analysis.results import BASELINE
 from tiedlora.config.rates import NOT_SEARCHED, searched_lr
 from tiedlora.page import tables
-from tiedlora.page.tables import COUNT, RATE, WHOLE, Column, Table, amount, estimate
-from tiedlora.records.interval import MISSING, Unit
+from tiedlora.page.figures import CSS_NAMES, GLYPHS, style
+from tiedlora.page.tables import COUNT, RATE, WHOLE, Column, Table, amount, estimate, minus
+from tiedlora.page.tracks import axis_of_differences, better_right, track
+from tiedlora.records.interval import MISSING, Interval, Unit
 from tiedlora.screen import FirstThatFits
 from tiedlora.text import clock, counted, visible
 
 CAPTION = (
-    "Every arm of a task to which no claim applies, the best score first: no verdict. Differences are paired on the "
-    "same examples and seeds, with the interval that covers most (95 %). The best arm was chosen by these scores, so "
-    "its lead is seen too large. 'LoRA' is the one nearest in size. 'validation loss' and 'seconds' (of training) are "
+    "Every arm of a task, the best score first. Differences are paired on the same examples and seeds, with the "
+    "interval that covers most (95 %, all seeds). The best arm was chosen by these scores, so its lead is seen too "
+    "large. 'LoRA' is LoRA's curve at the arm's size, or the nearest of its sizes. 'minus LoRA, as tested' has the "
+    "level and the seeds of the look on which the verdict rests. 'validation loss' and 'seconds' (of training) are "
     f"means over seeds. A rate that is '{NOT_SEARCHED}' may be far from the arm's best one."
 )
+EQUAL_SIZE = {Verdict.SUPPORTED: "better", Verdict.CONTRADICTED: "worse"}
+"""The verdicts on a claim that an arm is better than LoRA of its size, in a word."""
+TONES = {Verdict.SUPPORTED: "good", Verdict.CONTRADICTED: "bad", Verdict.UNDECIDED: "open"}
+"""The colours of verdicts; all others have a soft one."""
 
 
 def table(rankings: Sequence[Sequence[RankedArm]]) -> Table:
@@ -44,12 +57,123 @@ def table(rankings: Sequence[Sequence[RankedArm]]) -> Table:
         estimate("minus the best", lambda arm: arm.from_best, "+"),
         estimate("minus LoRA", lambda arm: arm.from_lora, "+"),
         Column("LoRA", cell=lambda arm: arm.lora.name if arm.lora else None),
+        estimate("minus LoRA, as tested", lambda arm: arm.difference, "+"),
+        Column("claim", cell=lambda arm: arm.answer.claim.name if arm.answer else None, wraps=True),
+        Column("verdict", cell=lambda arm: arm.answer.verdict.value if arm.answer else None),
         Column("validation loss", amount(3), _loss),
         Column("lr", RATE, lambda arm: (arm.group.lr, len(arm.group.rates))),
         Column("rate", cell=_search),
         Column("seconds", amount(0), _seconds),
     )
     return Table.of("ranking", CAPTION, columns, [arm for ranking in rankings for arm in ranking])
+
+
+@dataclass(frozen=True)
+class ShownArm:
+    """An arm as a row of the page."""
+
+    group: RunGroup
+    colour: str
+    """The page's variable for it."""
+    glyph: str
+    score: str
+    track: Markup
+    """The difference, drawn; empty without one."""
+    difference: str
+    peer: str
+    """What the difference is from, where that is not LoRA of the arm's size."""
+    verdict: str
+    word: str
+    """The verdict in a word."""
+    about: str
+    """What the verdict is about, where that is not the difference."""
+    holds: bool
+
+
+def shown(ranking: Sequence[RankedArm]) -> list[ShownArm]:
+    """The rows of a ranking, with the differences on one axis. Without LoRA, they are those from the best arm."""
+    axis, rows = difference_axis(ranking), []
+    for arm in ranking:
+        interval, answer = _interval(arm), arm.answer
+        colour, marker, _ = style(arm.group.arm)
+        tone, word, about, holds = "soft", "", "", False
+        if answer is not None:
+            at_equal_size = is_at_equal_size(answer)
+            word = EQUAL_SIZE.get(answer.verdict, answer.verdict.value) if at_equal_size else answer.verdict.value
+            about, holds = "" if at_equal_size else _about(answer), answer.survives_holm
+            tone = TONES.get(answer.verdict, "soft") if at_equal_size else "soft"
+        drawn = Markup()
+        if interval is not None:
+            drawn = track(better_right(interval, arm.measure.sign), axis, tone=tone, is_filled=arm.holds)
+        unit = arm.measure.unit
+        rows.append(
+            ShownArm(
+                group=arm.group,
+                colour=CSS_NAMES[colour],
+                glyph=GLYPHS[marker],
+                score=MISSING if arm.row.score is None else unit.number(arm.row.score.value),
+                track=drawn,
+                difference="" if interval is None else minus(unit.text(interval, "+")),
+                peer="" if arm.lora is None or arm.has_equal_size else f"from {arm.lora.name}",
+                verdict="" if answer is None else answer.verdict.value.replace(" ", "-"),
+                word=word,
+                about=about,
+                holds=holds,
+            )
+        )
+    return rows
+
+
+def _about(answer: Answer) -> str:
+    """What a claim says of its method, such as `keeps 90 % of the gain of LoRA at equal rank`."""
+    rule = answer.claim.rule
+    return f"{rule.words.removeprefix('is ')} {'of' if rule.needs_zero else 'than'} {answer.claim.comparator}"
+
+
+def difference_axis(ranking: Iterable[RankedArm]) -> tuple[float, float]:
+    """The axis of the differences. What learned from shuffled targets is no rival, and may go beyond it."""
+    rivals = [arm for arm in ranking if not arm.group.is_control]
+    found = [(interval, arm.measure.sign) for arm in rivals if (interval := _interval(arm)) is not None]
+    return axis_of_differences(better_right(interval, sign) for interval, sign in found)
+
+
+def _interval(arm: RankedArm) -> Interval | None:
+    """The difference that is shown: from LoRA or, if the arm has none to compare with, from the best arm."""
+    if arm.lora is None and not arm.group.arm.is_size_of(BASELINE) and arm.from_best is not None:
+        return arm.from_best.widest
+    return arm.difference
+
+
+def compared_with(ranking: Sequence[RankedArm]) -> str:
+    """What the differences are from, in words."""
+    if not any(arm.group.arm.is_size_of(BASELINE) for arm in ranking):
+        return "the best arm"
+    alike = [arm.has_equal_size for arm in ranking if arm.lora is not None and not arm.group.is_control]
+    return "LoRA of its size" if all(alike) else "LoRA"
+
+
+def in_short(ranking: Sequence[RankedArm]) -> list[tuple[str, str]]:
+    """The answer of a ranking: which arm has the best score, and which ones are better or worse than LoRA of their
+    size. A star marks what holds by Holm's procedure.
+    """
+    best = ranking[0]
+    score = "" if best.row.score is None else f" ({best.measure.unit.number(best.row.score.value)})"
+    said = [("Best score", f"{best.group.short}{score}")]
+    named: dict[str, list[str]] = defaultdict(list)
+    for arm in ranking:
+        if arm.answer is not None and is_at_equal_size(arm.answer):
+            word = EQUAL_SIZE.get(arm.answer.verdict, arm.answer.verdict.value)
+            named[word].append(arm.group.short + (" *" if arm.holds else ""))
+    for word in ("better", "worse", *(verdict.value for verdict in Verdict)):
+        if word in named:
+            head = f"{word.capitalize()} than LoRA of its size" if word in EQUAL_SIZE.values() else word.capitalize()
+            said.append((head, ", ".join(named[word])))
+    return said
+
+
+def has_star(ranking: Sequence[RankedArm]) -> bool:
+    """Whether a verdict beside an arm holds by Holm's procedure."""
+    return any(arm.answer is not None and arm.answer.survives_holm for arm in ranking)
 
 
 HEADS = (
@@ -90,16 +214,23 @@ def _drawn(arms: Sequence[RankedArm], heads: Sequence[str], in_short: bool) -> R
             "score": MISSING if arm.row.score is None else unit.number(arm.row.score.value),
             "minus the best": "the best" if arm is arms[0] else difference(unit, arm.from_best, in_short),
             "minus LoRA": difference(unit, arm.from_lora, in_short),
-            "LoRA": in_words(arm.lora.name) if arm.lora and arm.from_lora else MISSING,
+            "LoRA": _peer(arm),
             "val. loss": f"{_loss(arm):.3f}",
             "lr": RATE.text((arm.group.lr, len(arm.group.rates))),
             "rate": _search(arm),
             "time": clock(_seconds(arm)),
         }
-        if in_short and arm.lora and arm.from_lora:
+        if in_short and arm.from_lora:
             cells["minus LoRA"] += f" ({cells['LoRA']})"
         rows.append([cells[head] for head in heads])
     return screen.table(heads, rows, NUMBERS)
+
+
+def _peer(arm: RankedArm) -> str:
+    """The LoRA that an arm is compared with. The name of LoRA's curve at the arm's size is too long for a terminal."""
+    if not arm.from_lora:
+        return MISSING
+    return in_words(arm.lora.name) if isinstance(arm.lora, RunGroup) else "LoRA, same size"
 
 
 def in_words(name: str) -> str:

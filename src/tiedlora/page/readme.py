@@ -17,18 +17,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tiedlora import storage
-from tiedlora.analysis.answers import Answer, Verdict
+from tiedlora.analysis.answers import Answer
 from tiedlora.analysis.claims import Pair
 from tiedlora.analysis.groups import RunGroup
-from tiedlora.analysis.results import BASELINE, ResultRow
+from tiedlora.analysis.ranking import is_at_equal_size
+from tiedlora.analysis.results import ResultRow
 from tiedlora.analysis.shares import SharePanel
-from tiedlora.config.sizes import is_near
 from tiedlora.errors import UserError
 from tiedlora.page import tables
+from tiedlora.page.ranked import EQUAL_SIZE
 from tiedlora.page.tables import Column, Table
-from tiedlora.page.write import Report, effect, models, word
+from tiedlora.page.write import Report, found_in_words, models
 from tiedlora.records.loss_metrics import TARGET_LOSS
-from tiedlora.text import counted, visible
+from tiedlora.text import visible
 
 START = "<!-- report: "
 BLOCK = re.compile(rf"(?P<start>{START}(?P<name>[^>]*?) -->\r?\n).*?(?P<end><!-- end of report -->)", re.DOTALL)
@@ -38,8 +39,6 @@ ANSWER = "answer"
 """The name of the table that has a row for each arm. Arms may stand behind it, separated by commas."""
 COST = ("configuration", "rank", "parameters", "tokens/s", "peak memory GiB", "adapter MiB")
 """The columns of the table of costs."""
-IN_SHORT = {Verdict.SUPPORTED: "better", Verdict.CONTRADICTED: "worse"}
-"""The verdicts on a claim that a method is better. No other one shows anything."""
 
 
 def write(report: Report, file: Path) -> list[str]:
@@ -104,29 +103,25 @@ def filled(text: str, report: Report) -> str:
 
 def _verdicts(report: Report) -> Table:
     """One row for each model and claim, one column for each task."""
-    parts = models(report.rows, report.verdicts, [])
-    tasks = list(dict.fromkeys(task for part in parts for task in part.tasks))
+    parts = models(report, [])
+    tasks = list(dict.fromkeys(answer.task for verdict in report.verdicts for answer in verdict.answers))
     rows = []
     for part in parts:
-        for verdict, cells in part.rows:
-            # A dash is where none of the model's claims is about the task.
-            of_task = {task: _cell(answer) for task, answer, _ in cells}
+        # A dash is where none of the model's claims is about the task.
+        asked = {answer.task: "not asked" for verdict in part.verdicts for answer in verdict.answers}
+        for verdict in part.verdicts:
+            of_task = asked | {answer.task: _cell(answer) for answer in verdict.answers}
             rows.append([part.name, verdict.claim.name, *map(of_task.get, tasks)])
     return _without_one_model(Table("verdicts", "", [Column(name) for name in ("model", "claim", *tasks)], rows))
 
 
-def _cell(answer: Answer | None) -> str:
-    """The verdict, with the seeds of its look if the difference has more, and the difference with its own seeds.
+def _cell(answer: Answer) -> str:
+    """The verdict, and the number that its rule tests, at the level and with the seeds of the look that decided.
 
     A star marks a verdict that holds by Holm's procedure over all tests.
     """
-    verdict, (difference, ends) = word(answer), effect(answer)
-    if answer is None or not difference:
-        return verdict
-    if answer.findings.has_more_seeds:
-        verdict += f" at {answer.findings.seeds} seeds"
-    verdict += " *" if answer.survives_holm else ""
-    return f"{verdict}: {difference} {ends}".rstrip() + f", {counted(answer.findings.difference_seeds, 'seed')}"
+    star, found = " *" if answer.survives_holm else "", found_in_words(answer)
+    return f"{answer.verdict.value}{star}{f': {found}' if found else ''}"
 
 
 def _scores(report: Report) -> Table:
@@ -217,21 +212,13 @@ def _at_equal_size(report: Report, arm: tuple[str, str, int], panel: SharePanel)
 
     A star marks what holds by Holm's procedure over all tests.
     """
-    lora = {one.group.name for other in report.share_panels if other.reference.label == BASELINE for one in other.curve}
     found: dict[str, None] = {}
     for answer in report.answers:
         pair = answer.pair
-        # Without a measure, a side may have no runs.
-        if (
-            answer.measure != panel.measure
-            or not isinstance(pair, Pair)
-            or pair.anchor.setting != panel.reference.setting
-        ):
+        if not isinstance(pair, Pair) or not is_at_equal_size(answer) or _of(pair.method) != arm:
             continue
-        is_lora = all(group.name in lora for group in pair.comparator.groups)
-        is_of_its_size = is_near(pair.comparator.params, pair.method.params)
-        if answer.claim.rule.margin == 0 and is_lora and _of(pair.method) == arm and is_of_its_size:
-            found[IN_SHORT.get(answer.verdict, "not shown") + (" *" if answer.survives_holm else "")] = None
+        if answer.measure == panel.measure and pair.anchor.setting == panel.reference.setting:
+            found[EQUAL_SIZE.get(answer.verdict, "not shown") + (" *" if answer.survives_holm else "")] = None
     return ", ".join(found) or None
 
 

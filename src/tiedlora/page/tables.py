@@ -366,9 +366,12 @@ def claims(answers: Sequence[Answer]) -> Table:
         Column("zero", cell=lambda answer: answer.zero),
         Column("retained gain", PERCENT_INTERVAL, lambda answer: answer.findings.retained),
         Column("retains at least", AT_LEAST, lambda answer: answer.findings.retains_at_least),
+        Column("share kept at the look's level", PERCENT_INTERVAL, lambda answer: answer.findings.kept),
         estimate("contrast at the look's level", lambda answer: answer.findings.contrast, "+"),
-        estimate("difference, 95 %", lambda answer: answer.findings.difference, "+"),
         Column("seeds", WHOLE, lambda answer: answer.findings.seeds),
+        Column("rows", COUNT, lambda answer: answer.findings.rows or None),
+        estimate("difference, 95 %", lambda answer: answer.findings.difference, "+"),
+        Column("seeds of the difference", WHOLE, lambda answer: answer.findings.difference_seeds),
         Column("because", cell=lambda answer: without_folders(answer.reason), wraps=True),
         Column("what would decide it", cell=lambda answer: answer.decide or None, wraps=True),
     )

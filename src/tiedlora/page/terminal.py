@@ -15,6 +15,7 @@ from rich.text import Text
 from tiedlora.analysis import shares
 from tiedlora.analysis.answers import Answer, Verdict
 from tiedlora.analysis.claims import Claim, Pair
+from tiedlora.analysis.ranking import RankedArm
 from tiedlora.analysis.results import ResultRow
 from tiedlora.analysis.runs import LeftOut, Measure
 from tiedlora.page import ranked
@@ -49,8 +50,9 @@ def parts(report: Report, out: Path, *, everything: bool = False) -> Iterator[Re
     """What the command prints, part by part."""
     yield Text(visible(f"{report.headline()}."), style="bold")
     yield from _found(_compared(report, everything=everything), None if everything else MOST_ROWS)
-    for ranking in report.rankings:
-        yield from ranked.parts(ranking, None if everything else MOST_ROWS // len(report.rankings))
+    rankings = _without_claims(report)
+    for ranking in rankings:
+        yield from ranked.parts(ranking, None if everything else MOST_ROWS // len(rankings))
     yield from _undecided(report.answers)
     if everything:
         yield from _reasons(report)
@@ -58,6 +60,13 @@ def parts(report: Report, out: Path, *, everything: bool = False) -> Iterator[Re
     else:
         yield from _not_shown(report)
     yield f"open {visible(str(out / 'index.html'))}"
+
+
+def _without_claims(report: Report) -> list[list[RankedArm]]:
+    """The rankings of tasks with several arms and no claim about them."""
+    asked = {(answer.model, answer.task) for answer in report.answers if answer.verdict != Verdict.NOT_RUN}
+    several = (ranking for ranking in report.rankings if len(ranking) > 1)
+    return [own for own in several if (own[0].group.model, own[0].group.task_in_words) not in asked]
 
 
 # --- What was found: a row for each pair of arms that claims compare by one metric.

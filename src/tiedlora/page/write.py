@@ -10,9 +10,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
-import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,17 +23,19 @@ from tiedlora.analysis import answers as claim_answers
 from tiedlora.analysis import claims as claim_files
 from tiedlora.analysis import shares
 from tiedlora.analysis.answers import Answer, Verdict, error_note
+from tiedlora.analysis.claims import Pair
 from tiedlora.analysis.groups import RunGroup, group_runs, short_commits
 from tiedlora.analysis.over_tasks import ClaimVerdict, claim_verdicts
 from tiedlora.analysis.ranking import RankedArm, rankings
 from tiedlora.analysis.regret import mark_arms
 from tiedlora.analysis.results import ResultRow, result_rows
-from tiedlora.analysis.runs import LeftOut, Run, Scorebook, names_of, read_runs, read_selections, run_roots
+from tiedlora.analysis.runs import LeftOut, Measure, Run, Scorebook, names_of, read_runs, read_selections, run_roots
 from tiedlora.analysis.shares import SharePanel, share_panels
 from tiedlora.page import browser, charts, figures, ranked, tables
 from tiedlora.page.figures import HERE, Panel
 from tiedlora.page.tables import Table, minus
-from tiedlora.records.interval import MISSING, Interval, Unit
+from tiedlora.page.tracks import axis_of_differences, better_right, track
+from tiedlora.records.interval import MISSING, Interval
 from tiedlora.text import counted, visible, without_folders
 
 FILTERS = ("model", "task", "variant", "configuration", "rank", "metric")
@@ -56,7 +57,7 @@ class Report:
     share_panels: list[SharePanel]
     """What every arm keeps of a reference's gain."""
     rankings: list[list[RankedArm]]
-    """The arms of each task to which no claim applies, the best first."""
+    """The arms of each setting, the best first."""
 
     def headline(self) -> str:
         """How many runs and groups there are, and which models and tasks."""
@@ -126,7 +127,8 @@ def write(report: Report, out: Path) -> None:
     """Write tables (Markdown, CSV, LaTeX), figures (PNG, SVG) and index.html."""
     out.mkdir(parents=True, exist_ok=True)
     all_tables = report.tables()
-    panels = charts.panels(report.rows, report.answers, report.share_panels)
+    figures.choose_styles(report.groups)
+    panels = charts.panels(report.rows, report.rankings, report.share_panels)
     formats = {"md": tables.to_markdown, "csv": tables.to_csv, "tex": tables.to_latex}
     written = [table for table in all_tables if table.rows]
     # An earlier report in this folder may have had other tables.
@@ -166,19 +168,21 @@ def render(report: Report, all_tables: Sequence[Table], panels: Sequence[Panel])
         script=Markup(script),
         script_hash=_hash(script),
         summary=report.summary(),
-        sheets=browser.sheets(report.rows),
-        models=models(report.rows, report.verdicts, panels),
+        sheets=browser.sheets(report.rows, first_pairs(report)),
+        models=models(report, panels),
+        ranked=ranked,
+        drawn=claim_tracks(report.answers),
+        files=[f"{table.name}.csv" for table in all_tables if table.rows],
+        left_out=left_out_in_short(report.left_out),
         legend=figures.legend,
         css_names=figures.CSS_NAMES,
         glyphs=figures.GLYPHS,
         inline=figures.inline,
-        word=word,
-        effect=effect,
+        found_in_words=found_in_words,
         numbers=numbers,
         without_folders=without_folders,
         error_note=error_note(report.answers) if report.answers else "",
         tables=of_name,
-        overview=[shown for name, shown in of_name.items() if name.startswith("overview")],
         filters=_filters(of_name["results"]),
     )
 
@@ -211,7 +215,7 @@ def _filters(results: Table) -> list[tuple[str, int, list[str]]]:
     return filters
 
 
-# --- Each model: the matrix of claims x tasks, the reasons behind its cells, and the charts.
+# --- Each model: its rankings, its claims by subject, and the charts.
 
 
 @dataclass(frozen=True)
@@ -221,49 +225,98 @@ class ModelPart:
     name: str
     headline: str
     """Such as `3 claims: 2 supported, 1 not run`."""
-    tasks: list[str]
-    rows: list[tuple[ClaimVerdict, list[tuple[str, Answer | None, str]]]]
-    """Claims with their cells: a task, the answer (None if the claim is not about the task), and the place of its
-    reason on the page."""
+    rankings: list[list[RankedArm]]
+    verdicts: list[ClaimVerdict]
     panels: Mapping[str, list[Panel]]
     """Kind of a figure -> its panels; empty for a kind that the model does not have."""
 
+    @property
+    def subjects(self) -> list[tuple[str, list[ClaimVerdict]]]:
+        """The claims of which a task was run, by the arm that they are about."""
+        of_arm: dict[str, list[ClaimVerdict]] = defaultdict(list)
+        for verdict in self.verdicts:
+            if verdict.verdict != Verdict.NOT_RUN:
+                of_arm[str(verdict.claim.method)].append(verdict)
+        return list(of_arm.items())
 
-def models(rows: Sequence[ResultRow], verdicts: Sequence[ClaimVerdict], panels: Sequence[Panel]) -> list[ModelPart]:
+    @property
+    def not_run(self) -> list[ClaimVerdict]:
+        """The claims of which no task was run."""
+        return [verdict for verdict in self.verdicts if verdict.verdict == Verdict.NOT_RUN]
+
+
+def models(report: Report, panels: Sequence[Panel]) -> list[ModelPart]:
     """Every model of the report, in the order of its tables. Without a run, one part has the claims, all not run."""
     parts = []
-    for place, name in enumerate(dict.fromkeys(row.group.model for row in rows) or [""]):
+    for name in dict.fromkeys(row.group.model for row in report.rows) or [""]:
         own: dict[str, list[Panel]] = defaultdict(list)
         for panel in panels:
             if panel.model == name:
                 own[panel.kind].append(panel)
-        stated = [verdict for verdict in verdicts if verdict.model == name]
-        tasks = list(dict.fromkeys(answer.task for verdict in stated for answer in verdict.answers))
-        matrix = []
-        for number, verdict in enumerate(stated):
-            of_task = {answer.task: answer for answer in verdict.answers}
-            cells = [(task, of_task.get(task), f"reason-{place}-{number}-{at}") for at, task in enumerate(tasks)]
-            matrix.append((verdict, cells))
+        stated = [verdict for verdict in report.verdicts if verdict.model == name]
+        ranked_here = [ranking for ranking in report.rankings if ranking[0].group.model == name]
         counts = Counter(verdict.verdict for verdict in stated)
         found = ", ".join(f"{counts[kind]} {kind}" for kind in Verdict if counts[kind])
         headline = f"{counted(len(stated), 'claim')}: {found}" if stated else ""
-        parts.append(ModelPart(name or "No finished run", headline, tasks, matrix, own))
+        parts.append(ModelPart(name or "No finished run", headline, ranked_here, stated, own))
     return parts
 
 
-def word(answer: Answer | None) -> str:
-    """The verdict, or `not asked` if the claim is not about the task, or if no run of it is there."""
-    return "not asked" if answer is None else answer.verdict.value
+def found_in_words(answer: Answer) -> str:
+    """The number that the rule tests; empty if the claim was not run."""
+    return "" if answer.verdict == Verdict.NOT_RUN else minus(shares.tested_in_words(answer))
 
 
-def effect(answer: Answer | None) -> tuple[str, str]:
-    """The difference of method and comparator with its unit, and its 95 % interval; empty where there is none."""
-    if answer is None or answer.findings.difference is None or answer.measure is None:
-        return "", ""
-    unit, difference = answer.measure.unit, answer.findings.difference.widest
-    words = "points" if unit is Unit.POINTS else unit.words
-    ends = "" if math.isnan(difference.low) else minus(unit.ends(difference, "+"))
-    return minus(f"{unit.number(difference.value, '+')} {words}"), ends
+def claim_tracks(answers: Sequence[Answer]) -> Callable[[Answer], Markup]:
+    """What draws the number that an answer's rule tests: on one axis for all shares, and on one for all differences of
+    a task and metric. It draws nothing without a number.
+    """
+    shown = [(answer, found) for answer in answers if (found := answer.tested) is not None]
+    kept = [found for _, found in shown if found.is_share]
+    of_shares = shares.axis((found.interval for found in kept), (found.zone for found in kept))
+    differences: dict[tuple[str, str, Measure | None], list[Interval]] = defaultdict(list)
+    for answer, found in shown:
+        if not found.is_share:
+            differences[answer.model, answer.task, answer.measure].append(better_right(found.interval, found.sign))
+    axes = {key: axis_of_differences(own) for key, own in differences.items()}
+
+    def drawn(answer: Answer) -> Markup:
+        if (found := answer.tested) is None:
+            return Markup()
+        place = answer.model, answer.task, answer.measure
+        return track(
+            better_right(found.interval, found.sign),
+            (of_shares.low, of_shares.high) if found.is_share else axes[place],
+            tone=ranked.TONES.get(answer.verdict, "soft"),
+            reference=1.0 if found.is_share else 0.0,
+            zone=found.zone,
+            is_filled=answer.survives_holm,
+            is_firm=answer.is_firm,
+        )
+
+    return drawn
+
+
+def first_pairs(report: Report) -> list[tuple[RunGroup, RunGroup]]:
+    """The arms that the answers browser may compare at first: those of the claims and then, for each ranking, the best
+    one and what it is compared with.
+    """
+    pairs = [
+        (answer.pair.comparator.groups[-1], answer.pair.method)
+        for answer in report.answers
+        if isinstance(answer.pair, Pair)
+    ]
+    for best, *others in report.rankings:
+        rival = best.lora.groups[-1] if best.lora is not None else others[0].group if others else best.group
+        pairs.append((rival, best.group))
+    return pairs
+
+
+def left_out_in_short(folders: Sequence[LeftOut]) -> str:
+    """How many folders are not in the report, by their kind; empty without any."""
+    words = {"pruned": "runs that a search stopped", "failed": "failed runs"}
+    kinds = Counter(words.get(folder.run.ending if folder.run else "", "other folders") for folder in folders)
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
 
 
 def numbers(answer: Answer) -> list[tuple[str, str]]:
@@ -273,6 +326,8 @@ def numbers(answer: Answer) -> list[tuple[str, str]]:
     unit, found = answer.measure.unit, answer.findings
     least = found.retains_at_least
 
+    kept = minus(shares.share_in_words(found.kept)) if found.kept is not None else ""
+
     def text(interval: Interval | None) -> str:
         return f"{minus(unit.text(interval, '+'))} {unit.words}" if interval else ""
 
@@ -281,7 +336,7 @@ def numbers(answer: Answer) -> list[tuple[str, str]]:
             found.difference.widest if found.difference else None
         ),
         "contrast at the look's level": text(found.contrast),
-        "share of the comparator's gain": minus(shares.kept_in_words(answer)) if found.kept is not None else "",
+        "share of the comparator's gain at the look's level": kept,
         "keeps at least": "" if least is None else shares.at_least(least),
         "seeds of the look, and rows" if found.looks else "seeds and rows": f"{found.seeds}, {found.rows:,}",
     }
