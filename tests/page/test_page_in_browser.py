@@ -36,7 +36,7 @@ def to_answers(page):
 
 
 def ids(page):
-    return [text.removeprefix("row ") for text in page.locator(".answer .title a").all_inner_texts()]
+    return [text.removeprefix("row ") for text in page.locator(".answer .title .id").all_inner_texts()]
 
 
 def open_rows(page):
@@ -84,7 +84,7 @@ def test_search_and_other_runs_and_order(report):
         page.locator("#answers-query").fill("")
         page.locator("#answers-order").select_option("loss")
         wait_for(page, "of 60")
-        page.wait_for_function("document.querySelector('.answer .title a').textContent.includes('20')")
+        page.wait_for_function("document.querySelector('.answer .title .id').textContent.includes('20')")
         page.locator(".also summary").click()
         page.locator("#answers-also label", has_text="TABuv r=8 · seed 1").click()
         page.wait_for_function("document.querySelectorAll('.answer')[0].querySelectorAll('.score').length === 4")
@@ -99,10 +99,11 @@ def test_a_link_leads_to_a_row_of_another_task_and_the_pager_turns(report):
         page.wait_for_timeout(300)
         page.locator("#answers-next").click()
         wait_for(page, "rows 21 to 40 of 60")
-        link = page.locator(".answer .title a").nth(5).get_attribute("href")
+        open_rows(page)
+        link = page.locator(".answer details > a").nth(5).get_attribute("href")
     with opened(report, suffix=link) as page:
         page.wait_for_selector(".answer.here")
-        assert page.locator(".answer.here .title a").inner_text() == "row 25"
+        assert page.locator(".answer.here .title .id").inner_text() == "row 25"
         assert page.locator("#answers-sheet").input_value() == "1"
         assert page.evaluate("document.activeElement.className") == "answer here"
         assert page.locator(".answer.here .given").is_visible(), "the row of a link is open"

@@ -154,23 +154,6 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class Tested:
-    """The number that a rule tests, as people read it: the share that is kept, or the difference from the comparator.
-
-    At a look it has the look's level and seeds, so its interval never contradicts the verdict. Before the first look it
-    has the level 5 % and all seeds.
-    """
-
-    interval: Interval
-    """A share of the comparator's gain, or method minus comparator, which keeps the sign of a loss."""
-    is_share: bool
-    sign: float
-    """-1 if a lower number is better."""
-    zone: tuple[float, float]
-    """What the rule asks for: the low and the high end of sign * interval."""
-
-
-@dataclass(frozen=True)
 class Answer:
     """The answer to a claim for one model and task."""
 
@@ -212,26 +195,6 @@ class Answer:
         """Whether a verdict can rest on what is kept. It cannot before the first look, or while the gain may be 0."""
         look = self.findings.look
         return look is not None and not (look.gain_may_be_zero and self.claim.rule.needs_zero)
-
-    @property
-    def tested(self) -> Tested | None:
-        """What the rule tests; None without an interval, such as where the comparator's gain may be 0 at the end."""
-        found, margin = self.findings, self.claim.rule.margin
-        if margin is None:
-            share = found.share
-            if share is None or share.kept is None:
-                return None
-            return Tested(share.kept, True, 1.0, self.claim.rule.zone(share.gain))
-        if self.measure is None or (found.contrast is None and found.difference is None):
-            return None
-        sign = self.measure.sign
-        if found.contrast is None:
-            assert found.difference is not None
-            return Tested(found.difference.widest, False, sign, (margin, math.inf))
-        value, *ends = (
-            sign * (end + margin) for end in (found.contrast.value, found.contrast.low, found.contrast.high)
-        )
-        return Tested(Interval(value, min(ends), max(ends), found.contrast.method), False, sign, (margin, math.inf))
 
 
 def _zero(claim: Claim, pair: Pair | Unpaired | None) -> str:

@@ -17,6 +17,7 @@ from tiedlora.analysis.comparison import Estimate, compare
 from tiedlora.analysis.groups import Peer, RunGroup, curve, point
 from tiedlora.analysis.results import BASELINE, ResultRow
 from tiedlora.analysis.runs import Measure, NotComparable, Scorebook
+from tiedlora.analysis.tested import tested
 from tiedlora.config.sizes import is_near
 from tiedlora.records.interval import Interval
 
@@ -54,8 +55,9 @@ class RankedArm:
     @property
     def difference(self) -> Interval | None:
         """The difference from `lora` that is shown: the one that the verdict rests on, or else that of all seeds."""
-        if (answer := self.answer) is not None and is_at_equal_size(answer) and answer.tested is not None:
-            return answer.tested.interval
+        answer = self.answer
+        if answer is not None and is_at_equal_size(answer) and (found := tested(answer)) is not None:
+            return found.interval
         return None if self.from_lora is None else self.from_lora.widest
 
     @property

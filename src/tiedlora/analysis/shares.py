@@ -18,6 +18,7 @@ from tiedlora.analysis.comparison import compare
 from tiedlora.analysis.groups import Blend, RunGroup, curve
 from tiedlora.analysis.results import ResultRow
 from tiedlora.analysis.runs import Measure, NotComparable, Scorebook
+from tiedlora.analysis.tested import tested
 from tiedlora.records.interval import Interval, Unit
 from tiedlora.text import counted
 
@@ -86,17 +87,17 @@ def tested_in_words(answer: Answer) -> str:
     """What the rule tests, such as `97 % [88, 106], 5 seeds` or `-0.034 nats [-0.043, -0.026], 5 seeds`; or why there
     is no such number.
     """
-    found, tested = answer.findings, answer.tested
-    if tested is None or answer.measure is None:
+    found, number = answer.findings, tested(answer)
+    if number is None or answer.measure is None:
         if found.share is not None and answer.claim.rule.needs_zero:
             return "no gain of the comparator" if found.share.gain <= 0 else "the comparator's gain may be 0"
         return "no scores of the base" if found.seeds else "no comparison yet"
-    count = found.seeds if tested.is_share or found.look is not None else found.difference_seeds
-    if tested.is_share:
-        return f"{share_in_words(tested.interval, tested.zone)}, {counted(count, 'seed')}"
+    count = found.seeds if number.is_share or found.look is not None else found.difference_seeds
+    if number.is_share:
+        return f"{share_in_words(number.interval, number.zone)}, {counted(count, 'seed')}"
     unit = answer.measure.unit
     words = " points" if unit is Unit.POINTS else f" {unit.words}" if unit is Unit.NATS else ""
-    return f"{unit.text(tested.interval, '+', words)}, {counted(count, 'seed')}"
+    return f"{unit.text(number.interval, '+', words)}, {counted(count, 'seed')}"
 
 
 # Shares beside parameters.

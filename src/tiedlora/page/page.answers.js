@@ -103,9 +103,7 @@
     const text = (column) => (sheet.which[column][row] < 0 ? null : answers[sheet.which[column][row]]);
     const hasTexts = prompt || references.some((each) => each) || shown.some((column) => text(column) !== null);
     const box = make(hasTexts ? "details" : "div"), title = make(hasTexts ? "summary" : "div", "title");
-    const anchor = make("a", "", `row ${sheet.ids[row]}`);
-    anchor.href = link(row);
-    title.append(anchor);
+    title.append(make("b", "id", `row ${sheet.ids[row]}`));
     const change = gain(row);
     if (change) title.append(make("span", change > 0 ? "up" : "down", change > 0 ? "▲ gained" : "▼ lost"));
     for (const column of shown) {
@@ -143,7 +141,9 @@
       else box.append(long(marked(other, one), other), ...(one === null ? [] : [make("p", "none", divergence(one, other))]));
       given.append(box);
     }
-    return [asked, given];
+    const anchor = make("a", "", "link to this row");
+    anchor.href = link(row);
+    return [asked, given, anchor];
   };
   const part = (label, text) => {
     const box = make("div");

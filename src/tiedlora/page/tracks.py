@@ -32,10 +32,11 @@ def axis_of_differences(intervals: Iterable[Interval]) -> tuple[float, float]:
     So one arm with few seeds does not make all other differences look like 0.
     """
     found = list(intervals)
-    ends = [max(abs(end) for end in (one.value, one.low, one.high) if not math.isnan(end)) for one in found]
-    reach = max([1.3 * abs(one.value) for one in found] + [1.2 * median(ends)] if found else [0.0]) or 1.0
-    low = min([-0.15 * reach] + [1.12 * one.low for one in found if one.low < 0])
-    high = max([0.15 * reach] + [1.12 * one.high for one in found if one.high > 0])
+    ends = [[end for end in (one.value, one.low, one.high) if not math.isnan(end)] for one in found]
+    typical = median(max(map(abs, own)) for own in ends) if found else 1.0
+    reach = max([1.3 * abs(one.value) for one in found] + [1.2 * typical]) or 1.0
+    low = min([-0.15 * reach] + [1.12 * min(own) for own in ends])
+    high = max([0.15 * reach] + [1.12 * max(own) for own in ends])
     return max(low, -reach), min(high, reach)
 
 
