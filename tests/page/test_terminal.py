@@ -69,7 +69,7 @@ def test_a_contradicted_and_an_undecided_answer_read_as_words(tmp_path):
 def test_what_is_undecided_names_the_runs_and_their_time(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.55}, seeds=3)
     lines = said(report_of_claim(tmp_path, rule="better_by: 0", top="looks: [5, 8]"))
-    assert "Undecided: 1 of 1 answers. What would decide them:" in lines
+    assert "Undecided: 1 of 1 answers. What would decide them, and how likely it does:" in lines
     # Two seeds on both sides; each run of these tests has trained for ten seconds.
     assert "  4 runs, 0:40 of training (seeds 3, 4 of TABuv r 8 and LoRA r 8): chain_sum TABuv r 8 better" in lines
 
