@@ -227,10 +227,11 @@ def _indented(text: str) -> RenderableType:
 
 def _runs(answer: Answer) -> str:
     """The runs that the next look needs, such as `seeds 13, 14 of Tuv r 8`."""
-    seeds: dict[str, list[str]] = defaultdict(list)
+    of_seeds: dict[str, list[str]] = defaultdict(list)
     for name, lacking in answer.lacking.items():
-        seeds[number_list(lacking)].append(in_words(name))
-    return ", ".join(f"seeds {numbers} of {' and '.join(names)}" for numbers, names in seeds.items())
+        noun = "seed" if len(lacking) == 1 else "seeds"
+        of_seeds[f"{noun} {number_list(lacking)}"].append(in_words(name))
+    return ", ".join(f"{seeds} of {' and '.join(names)}" for seeds, names in of_seeds.items())
 
 
 def _cost(runs: str, answers: Sequence[Answer]) -> str:
