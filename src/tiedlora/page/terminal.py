@@ -205,7 +205,10 @@ def _undecided(answers: Sequence[Answer]) -> Iterator[RenderableType]:
     open_ones = [answer for answer in asked if answer.verdict == Verdict.UNDECIDED]
     if not open_ones:
         return
-    yield Text(f"Undecided: {len(open_ones)} of {len(asked)} answers. What would decide them, and how likely it does:", style="bold")
+    yield Text(
+        f"Undecided: {len(open_ones)} of {len(asked)} answers. What would decide them, and how likely it does:",
+        style="bold",
+    )
     by_runs: dict[tuple[str, str], list[Answer]] = defaultdict(list)
     stuck: Counter[str] = Counter()
     for answer in open_ones:
