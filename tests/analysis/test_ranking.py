@@ -8,7 +8,7 @@ from helpers.report_runs import GOOD, report_of_claim, scored_run, world
 from tiedlora import screen
 from tiedlora.analysis.comparison import compare
 from tiedlora.analysis.runs import Scorebook
-from tiedlora.analysis.tested import tested
+from tiedlora.analysis.tested import number_tested
 from tiedlora.page import ranked, terminal, write
 
 ARMS = {("LoRA", 1): 0.5, ("LoRA", 8): 0.62, ("TAuv", 8): 0.3, ("TABuv", 11): 0.55}
@@ -93,7 +93,7 @@ def test_the_difference_beside_a_verdict_is_the_one_that_it_rests_on(tmp_path):
     (tied,) = [arm for ranking in report.rankings for arm in ranking if arm.group.label == "TABuv"]
     assert tied.answer.verdict == "supported"
     assert tied.holds
-    assert tied.difference == tested(tied.answer).interval
+    assert tied.difference == number_tested(tied.answer).interval
     assert tied.difference != tied.from_lora.widest, "all five seeds"
     (shown,) = [row for row in ranked.shown(report.rankings[0]) if row.group.label == "TABuv"]
     assert (shown.word, shown.holds, shown.about, shown.peer) == ("better", True, "", "")

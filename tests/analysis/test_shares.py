@@ -8,7 +8,7 @@ from helpers.report_runs import report_of_claim, scored_run, world
 from tiedlora.analysis import rules, shares
 from tiedlora.analysis.comparison import compare
 from tiedlora.analysis.runs import Scorebook
-from tiedlora.analysis.tested import tested
+from tiedlora.analysis.tested import number_tested
 from tiedlora.records.interval import Interval
 
 
@@ -19,9 +19,9 @@ def test_what_a_rule_tests_lies_on_its_side_of_the_zone_and_says_why_it_is_missi
     lines = {line.task: line for line in report_of_claim(tmp_path).answers}
     supported, contradicted, floor = lines["chain_sum"], lines["squad"], lines["gsm8k"]
     assert supported.is_firm
-    assert tested(supported).interval.low > tested(supported).zone[0] == 0.9
-    assert tested(contradicted).interval.high < 0.9
-    assert tested(floor) is None
+    assert number_tested(supported).interval.low > number_tested(supported).zone[0] == 0.9
+    assert number_tested(contradicted).interval.high < 0.9
+    assert number_tested(floor) is None
     assert shares.tested_in_words(floor) == "the comparator's gain may be 0"
 
 
@@ -32,7 +32,7 @@ def test_a_difference_has_the_level_and_the_seeds_of_its_look_and_the_sign_of_a_
             scored_run(tmp_path / "runs", losses, [2.0] * 60, metric="target_loss", name=name, seed=seed)
     (answer,) = report_of_claim(tmp_path, "better_by: 0", top="looks: [3, 5]").answers
     assert (answer.verdict, answer.findings.seeds, answer.findings.difference_seeds) == ("supported", 3, 5)
-    found = tested(answer)
+    found = number_tested(answer)
     # The mean of 0.9, 0.901 and 0.902, minus 1: the seeds of the look alone.
     assert found.interval.value == pytest.approx(-0.099)
     assert found.interval.low < found.interval.value < found.interval.high < 0
@@ -48,7 +48,7 @@ def test_one_seed_has_an_interval_over_rows_and_no_planned_look(tmp_path):
         scored_run(tmp_path / "runs", [1.0] * right + [0.0] * (50 - right), [1.0] * 10 + [0.0] * 40, name=name)
     (line,) = report_of_claim(tmp_path).answers
     assert not line.is_firm
-    kept = tested(line).interval
+    kept = number_tested(line).interval
     assert kept.value == pytest.approx((24 - 10) / (30 - 10))
     assert kept.low < kept.value < kept.high
     assert shares.tested_in_words(line).endswith(", 1 seed")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.report_runs import report_of_claim, scored_run, world
 
-from tiedlora.analysis.tested import tested
+from tiedlora.analysis.tested import number_tested
 from tiedlora.page import charts, figures, write
 
 CLAIMS = """looks: [3, 5]
@@ -73,8 +73,8 @@ def test_every_number_of_a_line_is_in_the_csv_file(three_tasks, tmp_path):
     with open(tmp_path / "claims.csv", newline="") as file:
         rows = {row["task"]: row for row in csv.DictReader(file) if row["claim"] == "keeps"}
     for answer in report.answers:
-        if tested(answer) is not None:
-            row, kept = rows[answer.task], tested(answer).interval
+        if number_tested(answer) is not None:
+            row, kept = rows[answer.task], number_tested(answer).interval
             own = [row[f"share kept at the look's level{ending}"] for ending in ("", " low", " high")]
             assert own == [f"{100 * end:.2f}" for end in (kept.value, kept.low, kept.high)]
             assert row["seeds"] == str(answer.findings.seeds)

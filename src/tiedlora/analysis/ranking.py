@@ -17,7 +17,7 @@ from tiedlora.analysis.comparison import Estimate, compare
 from tiedlora.analysis.groups import Peer, RunGroup, curve, point
 from tiedlora.analysis.results import BASELINE, ResultRow
 from tiedlora.analysis.runs import Measure, NotComparable, Scorebook
-from tiedlora.analysis.tested import tested
+from tiedlora.analysis.tested import number_tested
 from tiedlora.config.sizes import is_near
 from tiedlora.records.interval import Interval
 
@@ -56,7 +56,7 @@ class RankedArm:
     def difference(self) -> Interval | None:
         """The difference from `lora` that is shown: the one that the verdict rests on, or else that of all seeds."""
         answer = self.answer
-        if answer is not None and is_at_equal_size(answer) and (found := tested(answer)) is not None:
+        if answer is not None and is_at_equal_size(answer) and (found := number_tested(answer)) is not None:
             return found.interval
         return None if self.from_lora is None else self.from_lora.widest
 

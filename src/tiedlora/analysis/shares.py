@@ -18,7 +18,7 @@ from tiedlora.analysis.comparison import compare
 from tiedlora.analysis.groups import Blend, RunGroup, curve
 from tiedlora.analysis.results import ResultRow
 from tiedlora.analysis.runs import Measure, NotComparable, Scorebook
-from tiedlora.analysis.tested import tested
+from tiedlora.analysis.tested import number_tested
 from tiedlora.records.interval import Interval, Unit
 from tiedlora.text import counted
 
@@ -87,7 +87,7 @@ def tested_in_words(answer: Answer) -> str:
     """What the rule tests, such as `97 % [88, 106], 5 seeds` or `-0.034 nats [-0.043, -0.026], 5 seeds`; or why there
     is no such number.
     """
-    found, number = answer.findings, tested(answer)
+    found, number = answer.findings, number_tested(answer)
     if number is None or answer.measure is None:
         if found.share is not None and answer.claim.rule.needs_zero:
             return "no gain of the comparator" if found.share.gain <= 0 else "the comparator's gain may be 0"

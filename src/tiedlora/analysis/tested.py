@@ -26,7 +26,7 @@ class Tested:
     """What the rule asks for: the low and the high end of sign * interval."""
 
 
-def tested(answer: Answer) -> Tested | None:
+def number_tested(answer: Answer) -> Tested | None:
     """What the rule of an answer tests.
 
     Returns:

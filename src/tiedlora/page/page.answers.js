@@ -131,7 +131,7 @@
       const other = text(column);
       if (other === null) continue;
       const box = make("div", column === first ? "first" : column === second ? "second" : "");
-      const head = make("h4");
+      const head = make("h3");
       head.append(make("b", "", name(column)), ...sheet.head.runs[column].marks.map((mark) => make("span", "mark-word", mark)));
       const score = scoreOf(column, row);
       if (score != null) head.append(make("span", "", `${sheet.head.metrics[metric].name} ${+score.toFixed(3)}`));
@@ -147,7 +147,7 @@
   };
   const part = (label, text) => {
     const box = make("div");
-    box.append(make("h4", "", label), long([text], text));
+    box.append(make("h3", "", label), long([text], text));
     return box;
   };
   // A long text shows its beginning, and the rest on demand.

@@ -31,7 +31,7 @@ from tiedlora.analysis.regret import mark_arms
 from tiedlora.analysis.results import ResultRow, result_rows
 from tiedlora.analysis.runs import LeftOut, Measure, Run, Scorebook, names_of, read_runs, read_selections, run_roots
 from tiedlora.analysis.shares import SharePanel, share_panels
-from tiedlora.analysis.tested import tested
+from tiedlora.analysis.tested import number_tested
 from tiedlora.page import browser, charts, figures, ranked, tables
 from tiedlora.page.figures import HERE, Panel
 from tiedlora.page.tables import Table, minus
@@ -272,7 +272,7 @@ def claim_tracks(answers: Sequence[Answer]) -> Callable[[Answer], Markup]:
     """What draws the number that an answer's rule tests: on one axis for all shares, and on one for all differences of
     a task and metric. It draws nothing without a number.
     """
-    shown = [(answer, found) for answer in answers if (found := tested(answer)) is not None]
+    shown = [(answer, found) for answer in answers if (found := number_tested(answer)) is not None]
     kept = [found for _, found in shown if found.is_share]
     of_shares = shares.axis((found.interval for found in kept), (found.zone for found in kept))
     differences: dict[tuple[str, str, Measure | None], list[Interval]] = defaultdict(list)
@@ -282,7 +282,7 @@ def claim_tracks(answers: Sequence[Answer]) -> Callable[[Answer], Markup]:
     axes = {key: axis_of_differences(own) for key, own in differences.items()}
 
     def drawn(answer: Answer) -> Markup:
-        if (found := tested(answer)) is None:
+        if (found := number_tested(answer)) is None:
             return Markup()
         place = answer.model, answer.task, answer.measure
         return track(
