@@ -8,6 +8,8 @@ from helpers.report_runs import GOOD, diverge, report_of_claim, scored_run, worl
 from rich.console import Console
 
 from tiedlora import screen
+from tiedlora.analysis import shares
+from tiedlora.analysis.tested import number_tested
 from tiedlora.page import terminal, write
 
 OUT = Path("report")
@@ -42,7 +44,8 @@ def report(tmp_path):
 def test_a_row_has_the_adapter_its_size_score_difference_and_verdict(report):
     (row,) = [line for line in said(report) if "LoRA r 8" in line and "TABuv" in line]
     (answer,) = report.answers
-    unit = answer.measure.unit
+    unit, kept = answer.measure.unit, number_tested(answer)
+    assert kept.is_share
     (scores,) = [one for one in report.rows if one.group == answer.pair.method and one.primary]
     assert answer.verdict == "supported"
     assert re.split(r"  +", row) == [
@@ -52,9 +55,20 @@ def test_a_row_has_the_adapter_its_size_score_difference_and_verdict(report):
         "41,328",
         unit.number(scores.score.value),
         "LoRA r 8",
-        unit.text(answer.findings.difference.widest, "+"),
+        shares.share_in_words(kept.interval, kept.zone),
         "keeps 50 % *",
     ]
+
+
+def test_a_difference_has_the_level_and_the_seeds_of_its_verdict(tmp_path):
+    world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, seeds=4)
+    report = report_of_claim(tmp_path, rule="better_by: 0")
+    (answer,) = report.answers
+    assert answer.findings.look.seeds == 3
+    assert answer.findings.difference_seeds == 4
+    (row,) = [line for line in said(report) if "TABuv r 8" in line]
+    assert answer.measure.unit.text(answer.findings.contrast, "+") in row
+    assert answer.measure.unit.text(answer.findings.difference.widest, "+") not in row
 
 
 def test_a_contradicted_and_an_undecided_answer_read_as_words(tmp_path):
@@ -83,7 +97,9 @@ def test_no_line_is_wider_than_the_terminal_and_no_verdict_is_lost(report, termi
     assert lines[-1] == "open report/index.html"
 
 
-def test_the_room_of_a_wide_terminal_is_used(report, terminal_of):
+def test_the_room_of_a_wide_terminal_is_used(tmp_path, terminal_of):
+    world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, seeds=3)
+    report = report_of_claim(tmp_path, rule="better_by: 0")
     terminal_of(80)
     assert not any("[" in line for line in said(report))
     terminal_of(140)

@@ -212,8 +212,8 @@ def _drawn(arms: Sequence[RankedArm], heads: Sequence[str], in_short: bool) -> R
             "adapter": in_words(arm.group.name),
             "size": f"{arm.group.params:,}",
             "score": MISSING if arm.row.score is None else unit.number(arm.row.score.value),
-            "minus the best": "the best" if arm is arms[0] else difference(unit, arm.from_best, in_short),
-            "minus LoRA": difference(unit, arm.from_lora, in_short),
+            "minus the best": "the best" if arm is arms[0] else difference(unit, _widest(arm.from_best), in_short),
+            "minus LoRA": difference(unit, _widest(arm.from_lora), in_short),
             "LoRA": _peer(arm),
             "val. loss": f"{_loss(arm):.3f}",
             "lr": RATE.text((arm.group.lr, len(arm.group.rates))),
@@ -238,11 +238,14 @@ def in_words(name: str) -> str:
     return name.replace(" r=", " r ")
 
 
-def difference(unit: Unit, found: Estimate | None, in_short: bool) -> str:
+def _widest(found: Estimate | None) -> Interval | None:
+    return None if found is None else found.widest
+
+
+def difference(unit: Unit, interval: Interval | None, in_short: bool) -> str:
     """Such as `+1.2 [+0.3, +2.1]`, or in short `+0.3 to +2.1`."""
-    if found is None:
+    if interval is None:
         return MISSING
-    interval = found.widest
     if not in_short or math.isnan(interval.low):
         return unit.text(interval, "+")
     return f"{unit.number(interval.low, '+')} to {unit.number(interval.high, '+')}"

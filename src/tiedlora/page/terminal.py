@@ -18,6 +18,7 @@ from tiedlora.analysis.claims import Claim, Pair
 from tiedlora.analysis.ranking import RankedArm
 from tiedlora.analysis.results import ResultRow
 from tiedlora.analysis.runs import LeftOut, Measure
+from tiedlora.analysis.tested import number_tested
 from tiedlora.page import ranked
 from tiedlora.page.ranked import difference, in_words
 from tiedlora.page.write import Report
@@ -39,8 +40,11 @@ STYLES = {
 }
 SILENT = (Verdict.UNINFORMATIVE, Verdict.CANNOT_FAIL)
 """Verdicts that find nothing."""
-KEY = "Difference: adapter minus the other. ? undecided. * holds over all tests (Holm)"
-HEADS = ("model", "task", "metric", "adapter", "size", "score", "against", "difference, 95 %", "verdict")
+KEY = (
+    "As tested: adapter minus the other, or the share of its gain that is kept, by the first verdict's rule.\n"
+    "? undecided. * holds over all tests (Holm)"
+)
+HEADS = ("model", "task", "metric", "adapter", "size", "score", "against", "as tested", "verdict")
 NUMBERS = ("size", "score")
 TITLE = 3
 """How many of the columns are a title above the rows where the screen is narrow."""
@@ -86,7 +90,7 @@ class _Compared:
         """The cells of HEADS.
 
         Args:
-            in_short: the difference has only the ends of its interval.
+            in_short: a difference has only the ends of its interval.
         """
         first, unit, method = self.answers[0], self.measure.unit, self.pair.method
         score = None if self.row is None else self.row.score
@@ -100,9 +104,19 @@ class _Compared:
             f"{method.params:,}",
             MISSING if score is None else unit.number(score.value),
             _against(first.claim, self.pair),
-            difference(unit, first.findings.difference, in_short),
+            _tested(first, in_short),
             Text(", ").join(Text(words, style=style) for words, style in said.items()),
         ]
+
+
+def _tested(answer: Answer, in_short: bool) -> str:
+    """The number that the rule tests, at the level and with the seeds of its look, as the page has it."""
+    number = number_tested(answer)
+    if number is None or answer.measure is None:
+        return MISSING
+    if number.is_share:
+        return shares.share_in_words(number.interval, number.zone)
+    return difference(answer.measure.unit, number.interval, in_short)
 
 
 def _against(claim: Claim, pair: Pair) -> str:
