@@ -246,7 +246,7 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: it is not valid JSON, or an object has a key twice: programs and people could read different values.
         RecursionError: it is nested too deeply.
     """
-    return json.loads(text, object_pairs_hook=_without_repeated_keys)
+    return _DECODER.decode(text if isinstance(text, str) else text.decode("utf-8-sig"))
 
 
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -255,6 +255,10 @@ def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {twice!r:.60} is there twice")
     return tree
+
+
+# json.loads would make one for each row of a file.
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_repeated_keys)
 
 
 def read_json(path: Path) -> dict[str, Any]:

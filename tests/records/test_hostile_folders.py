@@ -25,7 +25,7 @@ RESULTS = {  # a key of result.json, its new value, and words of the message: on
     "a path as a name": ("identity.task.name", "../../x", "'identity.task.name' is '../../x', which cannot be a value"),
     "script for a model": ("base.name", "<script>", "'base.name' is '<script>', which is no name"),
     "a base that is not known": ("base.digest", None, "'base.digest' is None"),
-    "a list for a part": ("identity.tying.A", [], "identity.tying.A=[]: must be a dictionary"),
+    "a list for a part": ("identity.tying.A", [], "identity.tying.A=[]: must be a mapping"),
     "a list for the terms": ("identity.tying.terms", [], "identity.tying.terms=[]: must be a valid dictionary"),
     "a text for a number": ("identity.rank.r", "8", "'identity.rank.r' is '8'"),
     "a flag for a count": ("trainable_params", True, "'trainable_params' is True"),

@@ -1,11 +1,20 @@
 """Every path on a device that is no CPU. No GPU is needed: helpers/second_device.py simulates one."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-from helpers.second_device import SecondDevice, second_device
+import torch
 
 from tiedlora.config.schema import Config
+
+if TYPE_CHECKING:
+    from helpers.second_device import SecondDevice
+
+# torch 2.9 has no device whose hooks are written in Python.
+collect_ignore_glob = [] if hasattr(torch._C, "_acc") else ["test_*.py"]
 
 SHORT = (
     "task.options.rows={train: 8, validation: 3, test: 3}",
@@ -21,6 +30,8 @@ SHORT = (
 @pytest.fixture
 def device() -> Iterator[SecondDevice]:
     """Within the test, `train.device=auto` is the second device."""
+    from helpers.second_device import second_device
+
     with second_device() as device:
         yield device
 

@@ -121,6 +121,8 @@ class TestSlots:
 
     def test_a_worker_with_a_device_does_not_fall_back_to_the_cpu(self, monkeypatch):
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        # Empty for the tests where torch is built for CUDA.
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         for name, value in Slots(n_jobs=1, devices=["7"]).environments[0].items():
             monkeypatch.setenv(name, value)
         with pytest.raises(UserError, match=r"^hydra\.launcher\.devices: has 7, and torch finds no such CUDA device"):
