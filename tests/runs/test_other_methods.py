@@ -91,6 +91,7 @@ def test_the_loss_of_what_is_not_causal_is_refused_before_training(tiny_config):
         run.main(tiny_config("tying=peft", "tying.method=mean", "score.splits=[test]"))
 
 
+@pytest.mark.slow
 def test_arms_stand_beside_ours_in_a_report(tiny_config, tmp_path):
     for seed in (0, 1):
         for tying in ("tying=LoRA", "tying=peft/unilora"):

@@ -64,6 +64,7 @@ def test_arms_of_different_rank_are_one_axis_with_the_runs_of_the_single_command
     assert [cell.run_id for cell in compose_sweep(tiny_run("arm=LoRA@r1", "seed=1")).cells] == [sweep.cells[1].run_id]
 
 
+@pytest.mark.slow
 def test_arms_are_swept_and_listed_by_the_same_words(tiny_run, script):
     words = tiny_run("arm=LoRA@r1,TA@r2", "train.steps=2", "score.splits=[]")
     code, _, err = script("train.py", "--multirun", *words)
@@ -89,6 +90,7 @@ def test_arms_replace_a_grids_configurations_and_one_without_a_rank_takes_that_o
     assert arms("+grid=configurations", "tying=TA") == [("TA", 8)]
 
 
+@pytest.mark.slow
 def test_the_yardstick_brings_the_curve_the_floor_and_the_weakest_arm_at_every_rate_and_seed():
     sweep = compose_sweep(["+grid=yardstick", "tying=TABuv", "rank=r8", "train.lr=1e-3,1e-2", "seed=0,1"])
     arms = {(cell.name.configuration, cell.name.rank) for cell in sweep.cells}

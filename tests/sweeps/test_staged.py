@@ -208,6 +208,7 @@ LEVEL = ("train.lr=1.4e-1,2e-1", "seed=7,8", "train.steps=4", "train.validate_ev
 """Two rates on both sides of the best one. Which of them is better depends on the seed."""
 
 
+@pytest.mark.slow
 def test_a_race_uses_seeds_of_its_own_and_says_that_it_is_a_tie(tiny_run, tmp_path, capsys):
     sweep, launcher = compose_sweep(tiny_run(*LEVEL)), Here()
     options = search_options(search_seeds=[2, 0, 1], lowest_rate=1.4e-1, highest_rate=2e-1)
@@ -239,6 +240,7 @@ def test_a_search_by_losses_is_refused_for_a_reward(tiny_run):
         staged.run_staged(swept, OPTIONS, Here())
 
 
+@pytest.mark.slow
 def test_as_a_command_and_then_select(tiny_run, script):
     words = [*tiny_run(*GRID), "hydra/sweeper=staged"]
     ended = Command("--multirun", *words).ended()

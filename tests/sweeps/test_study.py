@@ -349,6 +349,7 @@ def test_all_runs_of_a_study_are_verified_at_once(folder, outputs, command):
     assert told.splitlines()[-1] == "1 of 2 runs agree with their records"
 
 
+@pytest.mark.slow
 def test_a_forecast_adds_up_the_sweeps_and_counts_shared_cells_once(folder, script):
     plan = (folder / "study.yaml").read_text()
     # The third sweep has the cell of the first one again.
