@@ -135,6 +135,12 @@ def test_to_collect_the_tests_changes_no_variable_of_the_environment(changed_by_
     assert changed_by_collecting.keys() <= {"TORCHINDUCTOR_CACHE_DIR"}
 
 
+def test_the_list_of_a_sweeps_cells_loads_no_scipy_stats():
+    """It takes a second, which `plan` and `status` would take longer."""
+    source = "import sys, tiedlora.commands.sweep; sys.exit('scipy.stats' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", source], timeout=120).returncode == 0
+
+
 ATTACHED = """
 import sys
 from pathlib import Path

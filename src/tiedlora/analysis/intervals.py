@@ -21,8 +21,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+# Its parts load when they are first used: scipy.stats takes a second, and a sweep's plan needs none of it.
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
 
 from tiedlora.records.interval import LEVEL, Interval
 from tiedlora.records.rows import ValidationLosses
@@ -44,7 +46,7 @@ def wilson(successes: int, trials: int) -> Interval:
     Raises:
         ValueError: there are no trials.
     """
-    ends = stats.binomtest(successes, trials).proportion_ci(LEVEL, method="wilson")
+    ends = scipy.stats.binomtest(successes, trials).proportion_ci(LEVEL, method="wilson")
     return Interval(successes / trials, float(ends.low), float(ends.high), "wilson")
 
 
@@ -320,7 +322,7 @@ class MeanSquares:
 @functools.lru_cache(maxsize=4096)
 def _t_quantile(level: float, freedom: float) -> float:
     """Student's t at a two-sided level. Simulations ask for few of them very often, and scipy needs 0.2 ms for each."""
-    return float(stats.t.isf(level / 2, freedom))
+    return float(scipy.stats.t.isf(level / 2, freedom))
 
 
 def mean_squares(values: Array, clusters: Clusters | None = None) -> MeanSquares:
@@ -386,7 +388,7 @@ def level_above(values: Array, clusters: Clusters | None = None) -> float:
     smallest = math.log(SMALLEST_LEVEL)
     if excess(smallest) < 0:
         return 0.0
-    return math.exp(optimize.brentq(excess, smallest, 0.0, xtol=1e-10))
+    return math.exp(scipy.optimize.brentq(excess, smallest, 0.0, xtol=1e-10))
 
 
 # How sure a paired difference is, and what its rows can show.
@@ -402,7 +404,7 @@ def mcnemar(ours: Array, theirs: Array) -> float:
         ours, theirs: (rows,), 0 or 1 each, of the same rows, which are independent.
     """
     differing = int((ours != theirs).sum())
-    return float(stats.binomtest(int((ours > theirs).sum()), differing).pvalue) if differing else 1.0
+    return float(scipy.stats.binomtest(int((ours > theirs).sum()), differing).pvalue) if differing else 1.0
 
 
 def smallest_shown_by_mcnemar(ours: Array, theirs: Array) -> float | None:
@@ -412,11 +414,11 @@ def smallest_shown_by_mcnemar(ours: Array, theirs: Array) -> float | None:
         None if the test cannot reach the level, because fewer than six rows differ.
     """
     differing = int((ours != theirs).sum())
-    needed = int(stats.binom.isf((1 - LEVEL) / 2, differing, 0.5)) + 1
+    needed = int(scipy.stats.binom.isf((1 - LEVEL) / 2, differing, 0.5)) + 1
     if needed > differing:
         return None
     # The chance of `needed` or more of n is a beta distribution's, as a function of the chance of one.
-    chance = float(stats.beta.ppf(POWER, needed, differing - needed + 1))
+    chance = float(scipy.stats.beta.ppf(POWER, needed, differing - needed + 1))
     return (2 * chance - 1) * differing / len(ours)
 
 
@@ -435,7 +437,7 @@ def level_of(differences: Array, clusters: Clusters | None = None) -> float:
     count, freedom = (len(values), len(values) - 1) if clusters is None else (len(clusters.sizes), clusters.freedom)
     if mean < ROUNDING:
         return 1.0
-    level = 2 * float(stats.t.sf(mean / error, freedom)) if error > ROUNDING else 0.0
+    level = 2 * float(scipy.stats.t.sf(mean / error, freedom)) if error > ROUNDING else 0.0
     # No test by the signs of so many rows has a smaller one. It counts where all rows differ by the same.
     return max(level, 2.0 ** (1 - count))
 
@@ -545,7 +547,7 @@ def outlying(values: Array) -> list[int]:
         rest = values[kept]
         farthest = kept[int(np.argmax(np.abs(rest - rest.mean())))]
         # The largest distance from the mean of n normal values, in standard deviations (Grubbs 1950).
-        t = stats.t.isf(OUTLIER_LEVEL / (2 * n), n - 2)
+        t = scipy.stats.t.isf(OUTLIER_LEVEL / (2 * n), n - 2)
         critical = (n - 1) / math.sqrt(n) * t / math.sqrt(n - 2 + t * t)
         removed.append(farthest)
         kept.remove(farthest)
