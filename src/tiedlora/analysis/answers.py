@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Literal
 
 from tiedlora.analysis import claims, intervals, rules
 from tiedlora.analysis.claims import Claim, Pair, Unpaired
@@ -205,15 +205,22 @@ def _zero(claim: Claim, pair: Pair | Unpaired | None) -> str:
 
 
 @dataclass(frozen=True)
+class _Next:
+    """What would decide a claim, how likely, and with which seeds, as an Answer has them."""
+
+    decide: str
+    chance: float | None = None
+    lacking: Mapping[str, set[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class _Decision:
     """What the looks of a plan say together."""
 
     looks: tuple[Look, ...]
     verdict: Verdict
     reason: str
-    decide: str
-    chance: float | None = None
-    lacking: Mapping[str, set[int]] = field(default_factory=dict)
+    next: _Next
 
 
 def answer_claims(
@@ -258,8 +265,8 @@ def _answer(claim: Claim, pair: Pair | Unpaired, split: str, book: Scorebook) ->
     decision = _decide(claim, _zero(claim, pair), sides, ended)
     sensitivity, words = _sensitivity(claim, pair, decision, measure, book)
     if sensitivity == "lacking":
-        decide = "a task or a zero point at which the weakest arm fails"
-        decision = replace(decision, verdict=Verdict.CANNOT_FAIL, decide=decide)
+        needed = replace(decision.next, decide="a task or a zero point at which the weakest arm fails")
+        decision = replace(decision, verdict=Verdict.CANNOT_FAIL, next=needed)
     findings = Findings(
         rows=sides.method.shape[1],
         common_seeds=len(sides.seeds),
@@ -272,9 +279,8 @@ def _answer(claim: Claim, pair: Pair | Unpaired, split: str, book: Scorebook) ->
     doubtful = doubtful_rates(claim.rule, pair, measure, sides)
     notes = _notes(claim, pair, decision, measure, sides, on_sensitivity=words)
     reason = "; ".join([*notes, *map(str, doubtful)])
-    return asked(
-        decision.verdict, reason, decision.decide, decision.chance, decision.lacking, measure, findings, doubtful
-    )
+    needed = decision.next
+    return asked(decision.verdict, reason, needed.decide, needed.chance, needed.lacking, measure, findings, doubtful)
 
 
 def _over(pair: Pair) -> str:
@@ -414,21 +420,22 @@ def _decide(claim: Claim, zero: str, sides: Sides, ended: Mapping[str, set[int]]
     looks: list[Look] = []
     reason, needs = "", ""
 
-    def undecided(reason: str, *what_next: Any) -> _Decision:
-        return _Decision(tuple(looks), Verdict.UNDECIDED, reason, *what_next)
+    def undecided(reason: str, needed: _Next) -> _Decision:
+        return _Decision(tuple(looks), Verdict.UNDECIDED, reason, needed)
 
     if missing := _never_decided(rule, sides):
-        return undecided(*missing)
+        reason, needs = missing
+        return undecided(reason, _Next(needs))
     for number, count in enumerate(plan.looks):
         declared = plan.of_look(number)
         if claim.shared_seeds(number):
             decide = f"a larger seed_offset: with {count} seeds, both sides would have the same runs"
-            return undecided(reason, decide)
+            return undecided(reason, _Next(decide))
         if not all(set(declared) <= own for own in ended.values()):
             if number == 0:
                 common = set(declared).intersection(*ended.values())
                 reason = f"before the first look: {len(common)} of {count} seeds"
-            return undecided(reason, *_wait_for(claim, sides, number, ended, looks))
+            return undecided(reason, _wait_for(claim, sides, number, ended, looks))
         seen = sides.of(declared)
         if len(seen.seeds) < 2:
             reason = f"seeds {number_list(declared)}: fewer than 2 of them finished on both sides"
@@ -439,8 +446,8 @@ def _decide(claim: Claim, zero: str, sides: Sides, ended: Mapping[str, set[int]]
             looks.append(_look(claim, zero, seen, number))
             reason, needs = looks[-1].reason, ""
             if looks[-1].verdict != Verdict.UNDECIDED:
-                return _Decision(tuple(looks), looks[-1].verdict, reason, looks[-1].decide)
-    return undecided(reason, needs or "no planned look is left; a new plan with new seeds")
+                return _Decision(tuple(looks), looks[-1].verdict, reason, _Next(looks[-1].decide))
+    return undecided(reason, _Next(needs or "no planned look is left; a new plan with new seeds"))
 
 
 def _never_decided(rule: Rule, sides: Sides) -> tuple[str, str] | None:
@@ -502,24 +509,18 @@ def _share(rule: Rule, seen: Sides, level: float) -> GainShare | None:
     return GainShare(gain, Interval(1 + found.value / gain, 1 + found.low / gain, 1 + found.high / gain))
 
 
-def _wait_for(
-    claim: Claim, sides: Sides, number: int, ended: Mapping[str, set[int]], looks: Sequence[Look]
-) -> tuple[str, float | None, Mapping[str, set[int]]]:
-    """What the look with this number still needs, and how likely it or a later one decides, by the last one's seeds.
-
-    Returns:
-        What would decide the claim, this chance, and the seeds that are needed, as an Answer has them.
-    """
+def _wait_for(claim: Claim, sides: Sides, number: int, ended: Mapping[str, set[int]], looks: Sequence[Look]) -> _Next:
+    """What the look with this number still needs, and how likely it or a later one decides, by the last one's seeds."""
     plan, decide = claim.plan, next_look(claim, number, ended)
     lacking = {name: seeds for name, own in ended.items() if (seeds := set(plan.of_look(number)) - own)}
     # A prediction is from all seeds of a look, so none may have diverged.
     if not looks or looks[-1].seeds < plan.looks[looks[-1].number]:
-        return decide, None, lacking
+        return _Next(decide, None, lacking)
     last = looks[-1].number
     chance = rules.chance_of_decision(claim.rule, sides.of(plan.of_look(last)), plan, last)
     if chance < rules.FUTILE:
-        return f"no planned look is likely to change it (chance {100 * chance:.0f} %)", chance, {}
-    return f"{decide}; a later look decides with a chance of {100 * chance:.0f} %", chance, lacking
+        return _Next(f"no planned look is likely to change it (chance {100 * chance:.0f} %)", chance)
+    return _Next(f"{decide}; a later look decides with a chance of {100 * chance:.0f} %", chance, lacking)
 
 
 def next_look(claim: Claim, number: int, ended: Mapping[str, set[int]]) -> str:

@@ -98,7 +98,7 @@ def read_file(path: Path) -> list[DataRow]:
 
 def _read_table(path: Path, delimiter: str) -> list[DataRow]:
     """Rows of a UTF-8 table whose first line names the columns. Every value is a text; empty lines are skipped."""
-    data = storage.read_bytes(path).removeprefix(codecs.BOM_UTF8)
+    data = storage.read_bytes(path)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -180,7 +180,7 @@ def read_json_lines(path: Path) -> list[DataRow]:
         UserError: a line is not UTF-8, not JSON or not an object; the message names the line.
     """
     rows: list[DataRow] = []
-    data = storage.read_bytes(path).removeprefix(codecs.BOM_UTF8)
+    data = storage.read_bytes(path)
     for number, line in enumerate(data.split(b"\n"), start=1):
         line = line.removeprefix(codecs.BOM_UTF8)
         if not line.strip():
