@@ -138,9 +138,18 @@ def _verdict(answer: Answer) -> str:
     if answer.verdict == Verdict.SUPPORTED:
         return question + star
     if answer.verdict == Verdict.CONTRADICTED:
-        opposite = {"better": "worse"}.get(question, f"not {question}".replace("not keeps", "keeps <"))
-        return opposite + star
+        return _opposite(answer) + star
     return f"{question}?" if answer.verdict == Verdict.UNDECIDED else str(answer.verdict)
+
+
+def _opposite(answer: Answer) -> str:
+    """What is shown where the claim is contradicted."""
+    rule = answer.claim.rule
+    if rule.margin == 0:
+        return "worse"
+    if rule.margin is None and rule.high > 2:
+        return f"keeps < {100 * rule.low:g} %"
+    return f"not {_question(answer)}"
 
 
 def _compared(report: Report, *, everything: bool) -> list[_Compared]:
