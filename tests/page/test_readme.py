@@ -62,6 +62,18 @@ def test_two_models_and_two_settings_are_never_in_one_cell(tmp_path):
 ANSWER = "<!-- report: answer{} -->\n<!-- end of report -->\n"
 
 
+def test_claims_without_runs_are_a_line_below_the_verdicts_and_not_rows(tmp_path):
+    world(tmp_path / "runs", {"LoRA": 0.9, "TABuv": 0.5}, seeds=3)
+    report_of_claim(tmp_path, top="looks: [3]")
+    sides = "method: {configuration: TAB, rank: 8}, comparator: {configuration: LoRA, rank: 8}, better_by: 0"
+    with (tmp_path / "claims.yaml").open("a") as file:
+        file.writelines(f"  - {{name: {name}, {sides}, tasks: [chain_sum]}}\n" for name in ("first_one", "second"))
+    text = readme.filled(TEXT, write.build([tmp_path / "runs"], claims=tmp_path / "claims.yaml"))
+    verdicts = text.split("<!-- report: ")[1]
+    assert "\nNot run: first\\_one; second.\n" in verdicts
+    assert sum(line.startswith("|") for line in verdicts.splitlines()) == 3
+
+
 def test_a_claim_without_runs_is_not_in_the_table_of_answers(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.9, "TABuv": 0.5}, seeds=3)
     report_of_claim(tmp_path, top="looks: [3]")

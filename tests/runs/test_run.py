@@ -55,7 +55,7 @@ def test_the_record_is_complete(tiny_config, capsys):
     assert result.adapter_bytes == sum(file.stat().st_size for file in folder.adapter.iterdir())
     assert not folder.checkpoints.exists()
     shown = capsys.readouterr().out
-    assert "of LoRA)" in shown
+    assert f"% of LoRA r {result.arm.rank})" in shown
     assert str(folder.path) in shown
 
 

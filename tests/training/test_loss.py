@@ -90,6 +90,8 @@ class PeakMemory(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_logits_stay_within_their_memory(dtype, softcap, monkeypatch):
     monkeypatch.setattr(chunked, "CPU_CHUNK_ROWS", 10**6)
+    # As on a GPU. On a CPU, fewer logits have a second copy at one time.
+    monkeypatch.setattr(chunked, "CACHED_LOGITS", 10**9)
     generator = torch.Generator().manual_seed(0)
     vocabulary, hidden, targets = 5000, 8, 900
     weight = torch.randn(vocabulary, hidden, generator=generator).to(dtype)
@@ -103,6 +105,28 @@ def test_the_logits_stay_within_their_memory(dtype, softcap, monkeypatch):
     # Besides the logits there are a few numbers for each row.
     assert 0.9 * 2 < peaks[2] < 2 + 0.1, peaks
     assert 0.9 * 8 < peaks[8] < 8 + 0.1, peaks
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_softmax_takes_any_number_of_positions_at_a_time(dtype, softcap, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    weight, states = (torch.randn(rows, 8, generator=generator, dtype=dtype) for rows in (50, 90))
+    labels = torch.randint(50, (90,), generator=generator)
+    found = []
+    for cached in (10**6, 50 * 7, 1):
+        monkeypatch.setattr(chunked, "CACHED_LOGITS", cached)
+        states = states.detach().requires_grad_()
+        losses = chunked._TokenLosses.apply(states, chunked._Head(weight, None, softcap), labels)
+        losses.sum().backward()
+        found.append((losses.detach(), states.grad))
+    logits = weight.double() @ states.detach().double().T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = F.cross_entropy(logits.T, labels, reduction="none")
+    for losses, gradient in found:
+        assert torch.allclose(losses.double(), expected, rtol=1e-12 if dtype == torch.float64 else 0.02)
+        assert torch.allclose(losses, found[0][0], rtol=1e-6)
+        assert torch.allclose(gradient, found[0][1], rtol=1e-12 if dtype == torch.float64 else 0.02)
 
 
 @pytest.mark.parametrize("rows", [1, 48, 10**6])

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tiedlora import storage
-from tiedlora.analysis.answers import Answer
+from tiedlora.analysis.answers import Answer, Verdict
 from tiedlora.analysis.claims import Pair
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.ranking import is_at_equal_size
@@ -35,6 +35,8 @@ START = "<!-- report: "
 BLOCK = re.compile(rf"(?P<start>{START}(?P<name>[^>]*?) -->\r?\n).*?(?P<end><!-- end of report -->)", re.DOTALL)
 RUNS = "runs"
 """The name of the line that says how many runs the report has, of which models, tasks and commits."""
+VERDICTS = "verdicts"
+"""The name of the table that has a row for each claim. A line below it names the claims without a run."""
 ANSWER = "answer"
 """The name of the table that has a row for each arm. Arms may stand behind it, separated by commas."""
 COST = ("configuration", "rank", "parameters", "tokens/s", "peak memory GiB", "adapter MiB")
@@ -96,13 +98,15 @@ def filled(text: str, report: Report) -> str:
             name, _, arms = found["name"].partition(" ")
             table = _answer(report, arms.split(", ")) if arms else TABLES[name](report)
             body = tables.pipe_table(table) if table.rows else "There are no runs for this table yet.\n"
+            if name == VERDICTS and (not_run := _not_run(report)):
+                body += f"\n{tables.markdown(not_run)}\n"
         return f"{found['start']}{body}{found['end']}"
 
     return BLOCK.sub(block, text)
 
 
 def _verdicts(report: Report) -> Table:
-    """One row for each model and claim, one column for each task."""
+    """One row for each model and each claim of which a task was run, one column for each task."""
     parts = models(report, [])
     tasks = list(dict.fromkeys(answer.task for verdict in report.verdicts for answer in verdict.answers))
     rows = []
@@ -110,9 +114,17 @@ def _verdicts(report: Report) -> Table:
         # A dash is where none of the model's claims is about the task.
         asked = {answer.task: "not asked" for verdict in part.verdicts for answer in verdict.answers}
         for verdict in part.verdicts:
+            if verdict.verdict == Verdict.NOT_RUN:
+                continue
             of_task = asked | {answer.task: _cell(answer) for answer in verdict.answers}
             rows.append([part.name, verdict.claim.name, *map(of_task.get, tasks)])
-    return _without_one_model(Table("verdicts", "", [Column(name) for name in ("model", "claim", *tasks)], rows))
+    return _without_one_model(Table(VERDICTS, "", [Column(name) for name in ("model", "claim", *tasks)], rows))
+
+
+def _not_run(report: Report) -> str:
+    """The claims of which no task was run, in a line; empty if there are none."""
+    names = dict.fromkeys(verdict.claim.name for part in models(report, []) for verdict in part.not_run)
+    return f"Not run: {'; '.join(names)}." if names else ""
 
 
 def _cell(answer: Answer) -> str:
@@ -231,7 +243,7 @@ def _cost(report: Report) -> Table:
 
 
 TABLES: dict[str, Callable[[Report], Table]] = {
-    "verdicts": _verdicts,
+    VERDICTS: _verdicts,
     ANSWER: _answer,
     "scores": _scores,
     "cost": _cost,

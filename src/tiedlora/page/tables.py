@@ -174,18 +174,19 @@ ENDS: Any = {"shown": Unit.ends, "parts": slice(1, 3)}
 
 def to_markdown(table: Table) -> str:
     """The caption, and below it a pipe table."""
-    return f"{_markdown(table.caption)}\n\n{pipe_table(table)}"
+    return f"{markdown(table.caption)}\n\n{pipe_table(table)}"
 
 
 def pipe_table(table: Table) -> str:
     """The table in Markdown, without its caption."""
-    lines = [f"| {' | '.join(map(_markdown, table.head))} |", f"|{' --- |' * len(table.columns)}"]
-    lines += [f"| {' | '.join(map(_markdown, row))} |" for row in table.texts()]
+    lines = [f"| {' | '.join(map(markdown, table.head))} |", f"|{' --- |' * len(table.columns)}"]
+    lines += [f"| {' | '.join(map(markdown, row))} |" for row in table.texts()]
     return "\n".join(lines) + "\n"
 
 
-def _markdown(cell: str) -> str:
-    return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", visible(cell)) or " "
+def markdown(text: str) -> str:
+    """A text as Markdown shows it as it is, with its control characters made visible."""
+    return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", visible(text)) or " "
 
 
 def to_csv(table: Table) -> str:

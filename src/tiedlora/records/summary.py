@@ -25,7 +25,8 @@ def terminal_lines(record: RunRecord, scores: RunScores, folder: Path) -> str:
         f"{head}, seed {record.seed}",
         f"  validation loss       {training.validation_loss_first:.3f} -> {training.validation_loss_last:.3f}"
         f"   ({training.steps} steps, {training.seconds:.0f} s, {training.tokens_per_s:.0f} tokens/s)",
-        f"  trainable parameters  {record.trainable_params:,} ({100 * record.share_of_lora:.2f} % of LoRA)",
+        f"  trainable parameters  {record.trainable_params:,}"
+        f" ({100 * record.share_of_lora:.2f} % of LoRA r {record.arm.rank})",
     ]
     for split in scores.splits:
         lines += _split_lines(split, scores)

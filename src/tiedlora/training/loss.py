@@ -8,10 +8,14 @@ two products with the head instead of three. (tying=full trains the head: each c
 
 Each chunk reads all weights of the head, so short chunks are bound by the speed of the memory. A chunk has as many
 positions as `train.loss_memory_mb` allows, and on a CPU no more than are enough for the full speed of a product.
+
+The softmax of a chunk reads and writes each logit several times, in float32. On a CPU it takes so few positions at a
+time that these stay in the processor's cache, and only the products' bfloat16 logits are in memory.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
@@ -28,6 +32,8 @@ from tiedlora.models import attention, output_head
 from tiedlora.models.arithmetic import CPU_CHUNK_ROWS
 from tiedlora.models.placement import weights_in_place, without_gradients
 
+CACHED_LOGITS = 2**20
+"""So many logits stay in a CPU's cache while the softmax works on them; in float32 they are 4 MB."""
 _memory_mb = TrainConfig().loss_memory_mb
 
 
@@ -84,8 +90,8 @@ class _Head(NamedTuple):
     softcap: float | None
 
     def linear(self, states: Tensor) -> Tensor:
-        """The logits before the cap, (positions, vocabulary), in the dtype of their sums."""
-        return F.linear(states, self.weight, self.bias).to(_summed_in(states.dtype))
+        """The logits before the cap, (positions, vocabulary), in the head's dtype."""
+        return F.linear(states, self.weight, self.bias)
 
 
 def _chunk(hidden: Tensor, head: _Head, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -93,22 +99,33 @@ def _chunk(hidden: Tensor, head: _Head, targets: Tensor, with_gradient: bool) ->
 
     This is a function so that the logits of one chunk are freed before those of the next are computed.
     """
-    logits, softcap, slope = head.linear(hidden), head.softcap, None
+    logits = head.linear(hidden)
+    most = max(1, CACHED_LOGITS // len(head.weight)) if logits.device.type == "cpu" else len(targets)
+    # Even parts, because torch sums a single row in another order.
+    count = math.ceil(len(targets) / most)
+    parts = zip(logits.tensor_split(count), targets.tensor_split(count), strict=True)
+    losses = torch.cat([_losses_(of_part, tokens, head.softcap, with_gradient) for of_part, tokens in parts])
+    return losses, logits @ head.weight if with_gradient else None
+
+
+def _losses_(logits: Tensor, targets: Tensor, softcap: float | None, with_gradient: bool) -> Tensor:
+    """The losses of some positions. If the gradient is wanted, it overwrites the logits, (positions, vocabulary)."""
+    wide, slope = logits.to(_summed_in(logits.dtype)), None
     if softcap is not None:
-        logits.div_(softcap).tanh_()
+        wide.div_(softcap).tanh_()
         if with_gradient:
             # 1 - tanh^2
-            slope = logits.square().neg_().add_(1)
-        logits.mul_(softcap)
-    log_probs, sums = log_likelihoods_(logits, targets)
-    if not with_gradient:
-        return -log_probs, None
-    # What log_likelihoods_ has left in the logits becomes the softmax, less 1 at each target.
-    delta = logits.div_(sums)
-    delta[torch.arange(len(targets), device=delta.device), targets] -= 1
-    if slope is not None:
-        delta *= slope
-    return -log_probs, delta.to(head.weight.dtype) @ head.weight
+            slope = wide.square().neg_().add_(1)
+        wide.mul_(softcap)
+    log_probs, sums = log_likelihoods_(wide, targets)
+    if with_gradient:
+        # What log_likelihoods_ has left is divided to the softmax, less 1 at each target.
+        wide.div_(sums)
+        wide[torch.arange(len(targets), device=wide.device), targets] -= 1
+        if slope is not None:
+            wide *= slope
+        logits.copy_(wide)
+    return -log_probs
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -237,5 +254,5 @@ def row_divergences(model: Any, batch: Batch, as_base: Callable[[], AbstractCont
 
 
 def _log_softmax(states: Tensor, head: _Head) -> Tensor:
-    logits, softcap = head.linear(states), head.softcap
+    logits, softcap = head.linear(states).to(_summed_in(states.dtype)), head.softcap
     return F.log_softmax(logits if softcap is None else softcap * torch.tanh(logits / softcap), -1)
