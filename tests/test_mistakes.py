@@ -19,6 +19,7 @@ TRAIN = {
         "changes nothing; leave it out, or write tying.terms=null",
     ),
     "values without a sweep": ("seed=0,1", "seed=0,1: has several values; only train.py --multirun takes them"),
+    "a flag that is none": ("--multirn seed=0,1", "--multirn: is no flag of train.py (did you mean --multirun?)"),
     "two flags that exclude each other": ("--multirun --cfg job", "Only one of --run, --multirun, --cfg"),
     "a knob without a method": ("tying.knob=r", "tying.knob: belongs to another method; set tying.method"),
     "compiled blocks on the disk": ("model.source=hub model.device_map=auto train.compile=always", "compile=always: "),

@@ -20,9 +20,16 @@ from tiedlora.config.schema import Config
 from tiedlora.places import CONF
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
+from tiedlora.text import nearest
 
 _OF_THIS_ARM = re.compile(r"[+~]*(tying|train\.lr|train\.lr_factor|train\.init_from|force)\b")
 """The words that another arm does not share."""
+FLAGS = (
+    *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r"),
+    *("--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn"),
+    *("--config-dir", "-cd", "--experimental-rerun", "--info", "-i"),
+)
+"""Hydra's. For another one, its parser would print all of them and no line that helps."""
 
 
 @hydra.main(config_path=str(CONF), config_name="config", **compose.VERSION_BASE)
@@ -65,7 +72,22 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
+def check_flags(words: Sequence[str]) -> None:
+    """Refuse a flag that there is not.
+
+    Raises:
+        UserError: naming the flag, and the most similar one.
+    """
+    for word in words:
+        flag = word.partition("=")[0]
+        # Hydra takes --multi for --multirun, and -cjob for -c job.
+        is_known = flag[:2] in FLAGS or (flag.startswith("--") and any(known.startswith(flag) for known in FLAGS))
+        if flag.startswith("-") and not is_known:
+            raise errors.UserError(f"{flag:.80}: is no flag of train.py{nearest(flag, FLAGS)}; keys are KEY=VALUE")
+
+
 def main(words: list[str]) -> None:
+    check_flags(words)
     compose.register()
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flags.add_argument("--config-dir", "-cd", type=Path)
