@@ -43,6 +43,18 @@ def test_arithmetic_counts_the_products_of_the_model(name):
     )
     trained = arithmetic.training_flop(a, tokens, tokens) + 3 * hidden_pairs
     assert both.get_total_flops() == pytest.approx(trained, abs=small)
+    model.requires_grad_(True)
+    with FlopCounterMode(display=False) as full:
+        model(inputs_embeds=embedded).logits.sum().backward()
+    trained = arithmetic.training_flop(a, tokens, tokens, trains_weights=True) + 3 * hidden_pairs
+    assert full.get_total_flops() == pytest.approx(trained, abs=small)
+
+
+def test_full_fine_tuning_has_a_forecast_of_its_own(tiny_config):
+    cells = [SweepCell((), tiny_config(*words)) for words in (["tying=full"], ["tying=LoRA"])]
+    full, lora = forecast.forecast(cells)[0]
+    assert (full.cells, lora.cells, full.tokens) == (1, 1, lora.tokens)
+    assert 1.2 * lora.seconds < full.seconds < 1.6 * lora.seconds
 
 
 def test_a_runs_cost_is_its_rows_at_its_speeds(tiny_config):

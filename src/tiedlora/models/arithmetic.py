@@ -47,14 +47,17 @@ def forward_flop(a: Architecture, tokens: float, head_tokens: float) -> float:
     return 2 * block_weights(a) * tokens + attention_flop(a, tokens) + head_flop(a, head_tokens)
 
 
-def training_flop(a: Architecture, tokens: float, target_tokens: float) -> float:
-    """FLOP of one row's training pass: forward, and backward through frozen weights to the activations.
+def training_flop(a: Architecture, tokens: float, target_tokens: float, trains_weights: bool = False) -> float:
+    """FLOP of one row's training pass: forward, and backward through the weights to the activations.
 
     The backward pass has one more product for each weight, and two for each of attention's two. The products of the
     adapter, a few per cent, are left out.
+
+    Args:
+        trains_weights: as full fine-tuning does; each weight's gradient is one more product.
     """
-    forward = forward_flop(a, tokens, target_tokens)
-    return 2 * forward + attention_flop(a, tokens)
+    forward, attention = forward_flop(a, tokens, target_tokens), attention_flop(a, tokens)
+    return 2 * forward + attention + (forward - attention if trains_weights else 0.0)
 
 
 def training_bytes(config: Config, longest_row: int) -> int:

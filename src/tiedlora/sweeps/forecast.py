@@ -22,6 +22,7 @@ from tiedlora.config.compose import typed
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.models import arithmetic
+from tiedlora.other_methods import FULL
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord, read_record
@@ -81,10 +82,11 @@ def forecast(sweep_cells: Iterable[SweepCell], tflops: float = TFLOPS) -> tuple[
         sweep_cells: of one sweep, or of several.
         tflops: the rate of the arithmetic, where no run has finished.
     """
-    groups: dict[tuple[str, str, str], list[SweepCell]] = {}
+    groups: dict[tuple[str, str, str, bool], list[SweepCell]] = {}
     for cell in sweep_cells:
         config = cell.config
-        groups.setdefault((config.model.name, config.train.dtype, config.task.name), []).append(cell)
+        place = config.model.name, config.train.dtype, config.task.name, config.tying.method == FULL
+        groups.setdefault(place, []).append(cell)
     forecasts: list[TaskForecast] = []
     unknown: dict[str, None] = {}
     for cells in groups.values():
@@ -119,7 +121,7 @@ def observed_speeds(config: Config, tflops: float = TFLOPS) -> Speeds | None:
             if (identity.model.name, identity.task.name) != (config.model.name, config.task.name):
                 continue
             own = typed(record.config.tree)
-            kinds = ((one.train.dtype, one.objective.name) for one in (own, config))
+            kinds = ((one.train.dtype, one.objective.name, one.tying.method == FULL) for one in (own, config))
             if len(set(kinds)) == 1 and training.tokens_per_s > 0 and training.steps * own.train.batch_size > 0:
                 scored.append(read_run_scores(RunFolder(path.parent)))
                 records.append(record)
@@ -154,7 +156,7 @@ def computed_speeds(config: Config, tflops: float) -> Speeds | None:
     sample = examples_here(config, "train")[:SAMPLED_ROWS]
     if not sample:
         return None
-    a, rate = config.model.architecture, 1e12 * tflops
+    a, rate, is_full = config.model.architecture, 1e12 * tflops, config.tying.method == FULL
     # The tokenizer of random models takes bytes.
     per_character = 1.0 if config.model.source == "random" else 1 / CHARACTERS_PER_TOKEN
     limit = min(config.task.max_prompt_tokens or config.model.context, config.model.context)
@@ -167,7 +169,7 @@ def computed_speeds(config: Config, tflops: float) -> Speeds | None:
     longest = round(max(map(sum, zip(prompts, targets, strict=True))))
     return Speeds(
         row_tokens=prompt + target,
-        training=(prompt + target) * rate / arithmetic.training_flop(a, prompt + target, target),
+        training=(prompt + target) * rate / arithmetic.training_flop(a, prompt + target, target, is_full),
         scoring=rate / arithmetic.forward_flop(a, prompt + answer, answer),
         peak_memory_bytes=arithmetic.training_bytes(config, longest) + arithmetic.PROCESS_BYTES,
         source=f"arithmetic at {tflops:g} TFLOP/s",
