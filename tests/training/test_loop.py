@@ -219,6 +219,16 @@ class TestCheckpoints:
         assert checkpoint.restore(tmp_path, parts, loop.optimizer, INPUTS).step == 6
         assert f"step-00000008 is damaged ({says}" in caplog.text
 
+    def test_if_all_are_damaged_the_run_starts_again_and_its_new_ones_are_kept(self, tmp_path):
+        finish(folder=tmp_path)
+        for damaged in tmp_path.glob("*/state.json"):
+            damaged.write_text("{}")
+        loop, parts, _ = start(folder=tmp_path)
+        assert checkpoint.restore(tmp_path, parts, loop.optimizer, INPUTS) is None
+        loop.state.step = 2
+        checkpoint.save(tmp_path, loop.state, parts, loop.optimizer, INPUTS)
+        assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
     @pytest.mark.parametrize(("saved", "own"), [("TAB", "TABuv"), ("TABuv", "TAB")])
     def test_another_configurations_checkpoint_is_passed_over(self, tmp_path, caplog, saved, own):
         finish(option=saved, folder=tmp_path)

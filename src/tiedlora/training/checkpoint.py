@@ -74,10 +74,14 @@ def save(
     data = to_bytes({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
     tree = {"progress": asdict(state), "facts": plain(inputs), "sha256": hashlib.sha256(data).hexdigest()}
     tree["state_sha256"] = storage.json_sha256(tree)
-    with storage.new_folder(folder / f"step-{state.step:08d}") as beside:
+    here = folder / f"step-{state.step:08d}"
+    with storage.new_folder(here) as beside:
         (beside / TENSORS).write_bytes(data)
         storage.write_json(beside / STATE, tree)
-    for old in _newest_first(folder)[KEEP:]:
+    found = _newest_first(folder)
+    # One of a later step was left out as damaged, because the run has not continued from it.
+    later = [each for each in found if each > here]
+    for old in [*later, *found[len(later) + KEEP :]]:
         shutil.rmtree(old, ignore_errors=True)
 
 
