@@ -54,6 +54,7 @@ def test_full_fine_tuning_has_a_forecast_of_its_own(tiny_config):
     cells = [SweepCell((), tiny_config(*words)) for words in (["tying=full"], ["tying=LoRA"])]
     full, lora = forecast.forecast(cells)[0]
     assert (full.cells, lora.cells, full.tokens) == (1, 1, lora.tokens)
+    assert (full.task, lora.task) == ("chain_sum (full)", "chain_sum")
     assert 1.2 * lora.seconds < full.seconds < 1.6 * lora.seconds
 
 

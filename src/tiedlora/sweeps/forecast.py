@@ -101,7 +101,8 @@ def forecast(sweep_cells: Iterable[SweepCell], tflops: float = TFLOPS) -> tuple[
         tokens, seconds = zip(*(cost(cell.config, speeds, rows) for cell in cells), strict=True)
         left = sum(own for cell, own in zip(cells, seconds, strict=True) if not cell.finished())
         sums, (memory, source) = (sum(tokens), sum(seconds), left), (speeds.peak_memory_bytes, speeds.source)
-        forecasts.append(TaskForecast(name.model, name.task, len(cells), *sums, memory, source))
+        task = f"{name.task} ({FULL})" if config.tying.method == FULL else name.task
+        forecasts.append(TaskForecast(name.model, task, len(cells), *sums, memory, source))
     return forecasts, list(unknown)
 
 
