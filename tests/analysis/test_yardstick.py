@@ -211,7 +211,7 @@ class TestCurve:
         report = trial(root, "better_by: 0.0", "configuration: TA, rank: 8", tasks=f"[]\n  - {{name: y, {curve}}}")
         (panel,) = report.share_panels
         assert (panel.reference.name, len(panel.curve)) == ("LoRA r=8", 3)
-        legend = figures.legend(charts.panels(report.rows, report.rankings, report.share_panels))
+        legend = figures.legend(charts.panels(report.rows, report.rankings, report.share_panels, report.leads))
         assert [key.name for key in legend] == ["LoRA", "TABuv", "TA"]
 
     def test_outside_the_measured_sizes_it_says_so(self, root):

@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 
 from tiedlora.page import charts, figures, write
 from tiedlora.page.figures import BACK, Panel
-from tiedlora.records.rows import MetricsRow
+from tiedlora.records.rows import MetricsRow, ValidationLosses
 
 
 def panels(root):
     report = write.build([root])
-    return charts.panels(report.rows, report.rankings, report.share_panels)
+    return charts.panels(report.rows, report.rankings, report.share_panels, report.leads)
 
 
 def drawn(panel):
@@ -92,7 +92,7 @@ def test_differences_from_lora_have_better_at_the_right_and_are_filled_if_they_h
     truth = {("LoRA", 1): 0.2, ("LoRA", 8): 0.3, ("TABuv", 32): 0.8, ("TAB", 48): 0.2}
     world(tmp_path / "runs", truth, seeds=5, rows=200)
     report = report_of_claim(tmp_path, "better_by: 0", "TABuv, rank: 32", "frontier: LoRA", top="looks: [3, 5]")
-    found = charts.panels(report.rows, report.rankings, report.share_panels)
+    found = charts.panels(report.rows, report.rankings, report.share_panels, report.leads)
     (panel,) = [panel for panel in found if panel.kind == "against"]
     (ax,) = drawn(panel).child_axes
     params = {arm.group.label: arm.group.params for arm in report.rankings[0]}
@@ -104,6 +104,27 @@ def test_differences_from_lora_have_better_at_the_right_and_are_filled_if_they_h
         ("s", False),
     ]
     assert points[0].get_xdata()[0] > 0 > points[1].get_xdata()[0]
+
+
+def test_the_lead_over_steps_has_a_band_and_an_axis_for_the_second_half(tmp_path):
+    # A hundred times as far apart at the start as later.
+    for name, losses in (("LoRA", [2.0, 1.0, 0.9]), ("TABuv", [2.0, 3.0, 0.91])):
+        for seed in (0, 1):
+            folder = scored_run(tmp_path, GOOD, BASE, name=name, seed=seed)
+            rows = [
+                ValidationLosses(step, [loss, loss + seed / 1000], [2, 2])
+                for step, loss in zip((0, 20, 100), losses, strict=True)
+            ]
+            write_lines(folder / "validation_losses.jsonl", rows)
+    (panel,) = [panel for panel in panels(tmp_path) if panel.kind == "over-steps"]
+    ax = drawn(panel)
+    _, line = ax.lines
+    assert line.get_ydata() == pytest.approx([0, 2, 0.01])
+    assert len(ax.collections) == 1
+    low, high = ax.get_ylim()
+    assert low < 0
+    assert 0.01 < high < 0.1
+    assert [text.get_text() for text in ax.texts] == ["TABuv r 8"]
 
 
 def test_no_two_configurations_have_one_colour(tmp_path):

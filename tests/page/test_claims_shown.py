@@ -33,7 +33,7 @@ def report_of(root):
 
 
 def panels(report, kind):
-    found = charts.panels(report.rows, report.rankings, report.share_panels)
+    found = charts.panels(report.rows, report.rankings, report.share_panels, report.leads)
     return [panel for panel in found if panel.kind == kind]
 
 

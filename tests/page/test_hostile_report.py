@@ -126,7 +126,7 @@ def test_any_record_is_read_or_refused(place, tmp_path_factory, data):
     for table in shown:
         for render in (tables.to_csv, tables.to_latex, tables.to_markdown):
             assert not ALIVE.search(render(table))
-    drawn = write.render(report, shown, charts.panels(report.rows, report.answers, report.share_panels))
+    drawn = write.render(report, shown, charts.panels(report.rows, report.rankings, report.share_panels, report.leads))
     assert drawn.count("<script>") == 1
     assert not ALIVE.search(drawn)
     with right_or_refused():

@@ -47,7 +47,7 @@ def report(tmp_path):
 
 def scored_panels(rows):
     """(title, configurations) of every panel with scores."""
-    panels = [panel for panel in charts.panels(rows, [], []) if panel.kind == "pareto"]
+    panels = [panel for panel in charts.panels(rows, [], [], []) if panel.kind == "pareto"]
     return {(panel.title, tuple(sorted(group.label for group in panel.groups))) for panel in panels}
 
 
@@ -57,7 +57,7 @@ BOTH = {("chain_sum, exact match strict", ("LoRA", "TABuv")), BY_LOSS}
 
 def test_points_and_nats_never_share_an_axis_or_a_column(report):
     assert scored_panels(report.rows) == BOTH
-    (panel,) = [panel for panel in charts.panels(report.rows, [], []) if panel.kind == "curves"]
+    (panel,) = [panel for panel in charts.panels(report.rows, [], [], []) if panel.kind == "curves"]
     assert sorted(group.label for group in panel.groups) == ["LoRA", "TAB", "TABuv"]
     (table,) = overview(report.rows, [])
     assert table.head[4:] == ["chain_sum, exact_match_strict", "chain_sum, target_loss"]

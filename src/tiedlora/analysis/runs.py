@@ -136,10 +136,14 @@ class Run:
 
     def last_losses(self) -> ValidationLosses | None:
         """The last loss of every validation row; None if the file is gone or cannot be read."""
+        found = self.losses_by_step()
+        return found[max(found)] if found else None
+
+    def losses_by_step(self) -> dict[int, ValidationLosses]:
+        """Step -> the loss of every validation row; empty if the file is gone or cannot be read."""
         with suppress(UserError):
-            found = read_validation_losses(RunFolder(self.path).validation_losses_file)
-            return found[-1] if found else None
-        return None
+            return {row.step: row for row in read_validation_losses(RunFolder(self.path).validation_losses_file)}
+        return {}
 
     def rows(self, split: str, kind: Kind, base: bool = False) -> list[PredictionRow]:
         """The rows of a file of scores, one per example; with `base`, the rows of the base model.

@@ -20,6 +20,7 @@ from scipy.spatial.distance import cdist
 
 from tiedlora.analysis import shares
 from tiedlora.analysis.groups import RunGroup
+from tiedlora.analysis.over_steps import LeadAtStep
 from tiedlora.analysis.ranking import RankedArm
 from tiedlora.analysis.results import ResultRow
 from tiedlora.analysis.runs import Measure, logged_curves
@@ -45,12 +46,16 @@ WITH_NAMES = (0.62, 1.1, 0.5, 0.12)
 
 
 def panels(
-    rows: Sequence[ResultRow], rankings: Sequence[Sequence[RankedArm]], share_panels: Sequence[SharePanel]
+    rows: Sequence[ResultRow],
+    rankings: Sequence[Sequence[RankedArm]],
+    share_panels: Sequence[SharePanel],
+    leads: Sequence[Sequence[LeadAtStep]],
 ) -> list[Panel]:
     """Every panel of a report, by model and in the page's order."""
     found = []
     for model in dict.fromkeys(row.group.model for row in rows):
         found += _against_lora(model, [ranking for ranking in rankings if ranking[0].group.model == model])
+        found += _over_steps(model, [lead for lead in leads if lead[0].group.model == model])
         for panel in (panel for panel in share_panels if panel.reference.model == model):
             draw = partial(draw_shares, panel=panel, share_panels=share_panels)
             seeds = [arm.seeds for arm in panel.arms]
@@ -256,7 +261,47 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
     return [i for i, before in zip(ordered, best_before, strict=False) if points[i][1] > before]
 
 
-# --- Training: what was logged by step, and the search of rates.
+# --- Training: the lead over LoRA, what was logged by step, and the search of rates.
+
+
+def _over_steps(model: str, leads: Sequence[Sequence[LeadAtStep]]) -> list[Panel]:
+    """A panel for each setting."""
+    together: dict[str, list[Sequence[LeadAtStep]]] = defaultdict(list)
+    for own in sorted(leads, key=lambda own: order(own[0].group)):
+        together[own[0].group.setting].append(own)
+    found = []
+    for lines in together.values():
+        groups = [own[0].group for own in lines]
+        title, draw = _first(groups[0].task_in_words, lines), partial(draw_over_steps, lines=lines[:MOST_LINES])
+        found.append(Panel("over-steps", model, title, draw, groups[:MOST_LINES], margins=WITH_NAMES))
+    return found
+
+
+def draw_over_steps(ax: Axes, lines: Sequence[Sequence[LeadAtStep]]) -> None:
+    """Each arm's loss minus LoRA's, with the band of its intervals. Below the line at 0 the arm is better.
+
+    The axis has the second half of training, because the first steps may differ a hundred times as much.
+    """
+    ax.axhline(0, color=SOFT, linewidth=1, zorder=1)
+    ends = []
+    for own in lines:
+        colour, marker, dash = style(own[0].group.arm)
+        steps, found = [lead.step for lead in own], [lead.difference for lead in own]
+        if not math.isnan(found[-1].low):
+            ax.fill_between(
+                steps, [f.low for f in found], [f.high for f in found], color=colour, alpha=0.15, linewidth=0
+            )
+        values = [difference.value for difference in found]
+        ax.plot(steps, values, color=colour, marker=marker, markevery=[-1], linestyle=dash, linewidth=1.4)
+        ends.append(Curve(own[0].group, steps, np.array([values])))
+    half = max(lead.step for own in lines for lead in own) / 2
+    late = [lead.difference for own in lines for lead in own if lead.step >= half]
+    shown = [end for found in late for end in (found.value, found.low, found.high) if not math.isnan(end)]
+    margin = 0.1 * (max(0, *shown) - min(0, *shown)) or 0.01
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: minus(f"{y:+.3g}") if y else "0"))
+    ax.set(xlabel="step", ylabel="validation loss minus LoRA's, nats")
+    ax.set_ylim(min(0, *shown) - margin, max(0, *shown) + margin)
+    _names_at_ends(ax, ends)
 
 
 class Curve(NamedTuple):

@@ -72,7 +72,7 @@ GLYPHS = dict(zip("odDs^v<>PhHXp*", "●♦◆■▲▼◀▶✚⬢⬣✖⬟★"
 name in THEME."""
 FIRST = ("LoRA", "TABuv", "TABuv_b0", "TAuv")
 """The configurations that are drawn and named first. LoRA on some layers comes last."""
-KINDS = ("against", "shares", "pareto", "curves", "search")
+KINDS = ("against", "over-steps", "shares", "pareto", "curves", "search")
 """What a panel may belong to; a report has a figure of each kind, if there is anything to draw."""
 MOST_PANELS = 12
 """The most panels of a file. More would be unreadable; the page has them all."""
@@ -234,7 +234,7 @@ def _handles(panels: Sequence[Panel]) -> list[Line2D]:
     found = []
     for key in legend(panels):
         line = Line2D([], [], color=key.colour, marker=key.marker, label=cut(key.name, 32))
-        line.set_linestyle(key.dash if kind in ("curves", "search") else "none")
+        line.set_linestyle(key.dash if kind in ("over-steps", "curves", "search") else "none")
         found.append(line)
     return found
 

@@ -19,6 +19,7 @@ from typing import Any
 from tiedlora.analysis.answers import DECIDED, Answer, error_note
 from tiedlora.analysis.comparison import Estimate
 from tiedlora.analysis.groups import RunGroup
+from tiedlora.analysis.over_steps import LeadAtStep
 from tiedlora.analysis.over_tasks import ClaimVerdict
 from tiedlora.analysis.results import ResultRow
 from tiedlora.analysis.runs import LeftOut
@@ -74,6 +75,8 @@ RATE = Kind(lambda cell: f"{cell[0]:g} of {cell[1]}" if cell[1] > 1 else f"{cell
 SHARE = Kind(lambda cell: f"{100 * cell:.2f} %")
 PERCENT_INTERVAL = Kind(share_in_words, _percents, VALUE_LOW_HIGH)
 """A share as Interval; in per cent in CSV."""
+NATS_INTERVAL = Kind(lambda cell: Unit.NATS.text(cell, "+"), lambda cell: numbers(Unit.NATS, cell, "+"), VALUE_LOW_HIGH)
+"""A difference of losses as Interval."""
 AT_LEAST = Kind(at_least, lambda cell: [f"{100 * cell:.2f}"])
 WORTH = Kind(str, lambda cell: [f"{size:.0f}" for size in (cell.value, cell.low, cell.high)], VALUE_LOW_HIGH)
 """A worth.Worth. In CSV, 0 is below the curve's sizes, and inf above them."""
@@ -405,6 +408,23 @@ def shares(panels: Iterable[SharePanel]) -> Table:
         Column("share of its gain", PERCENT_INTERVAL, lambda item: item[1].share),
     )
     return Table.of("shares", caption, columns, [(panel, arm) for panel in panels for arm in panel.arms])
+
+
+def over_steps(leads: Iterable[Sequence[LeadAtStep]]) -> Table:
+    """One row per arm and validation: its loss minus LoRA's."""
+    caption = (
+        "The validation loss of each adapter minus that of LoRA of its size (or the nearest one), in nats, on the same "
+        "rows and seeds. Below 0 the adapter is better. The 95 % interval is over seeds and validation rows, for each "
+        "step alone. Validation rows also chose the rates."
+    )
+    columns = (
+        *_group_columns(lambda lead: lead.group),
+        Column("LoRA", cell=lambda lead: lead.lora.name, wraps=True),
+        Column("seeds", WHOLE, lambda lead: lead.seeds),
+        Column("step", WHOLE, lambda lead: lead.step),
+        Column("minus LoRA", NATS_INTERVAL, lambda lead: lead.difference),
+    )
+    return Table.of("over-steps", caption, columns, [lead for own in leads for lead in own])
 
 
 def left_out(folders: Iterable[LeftOut]) -> Table:

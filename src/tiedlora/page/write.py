@@ -21,10 +21,11 @@ from markupsafe import Markup
 from tiedlora import storage
 from tiedlora.analysis import answers as claim_answers
 from tiedlora.analysis import claims as claim_files
-from tiedlora.analysis import shares
+from tiedlora.analysis import over_steps, shares
 from tiedlora.analysis.answers import Answer, Verdict, error_note
 from tiedlora.analysis.claims import Pair
 from tiedlora.analysis.groups import RunGroup, group_runs, short_commits
+from tiedlora.analysis.over_steps import LeadAtStep
 from tiedlora.analysis.over_tasks import ClaimVerdict, claim_verdicts
 from tiedlora.analysis.ranking import RankedArm, rankings
 from tiedlora.analysis.regret import mark_arms
@@ -59,6 +60,8 @@ class Report:
     """What every arm keeps of a reference's gain."""
     rankings: list[list[RankedArm]]
     """The arms of each setting, the best first."""
+    leads: list[list[LeadAtStep]]
+    """Each arm against LoRA over the steps of training."""
 
     def headline(self) -> str:
         """How many runs and groups there are, and which models and tasks."""
@@ -87,6 +90,7 @@ class Report:
             tables.verdicts(over_tasks),
             tables.claims(self.answers),
             tables.shares(self.share_panels),
+            tables.over_steps(self.leads),
             tables.left_out(self.left_out),
         ]
 
@@ -112,6 +116,7 @@ def build(roots: Sequence[Path], *, claims: Path | None = None, split: str | Non
     rows = result_rows(groups, book, split, stated)
     answers = claim_answers.answer_claims(stated, groups, book, split)
     mark_arms(answer.doubtful_rates for answer in answers)
+    ranked_arms = rankings(rows, answers, book)
     return Report(
         runs,
         left_out,
@@ -120,7 +125,8 @@ def build(roots: Sequence[Path], *, claims: Path | None = None, split: str | Non
         answers,
         claim_verdicts(answers),
         share_panels(rows, answers, book),
-        rankings(rows, answers, book),
+        ranked_arms,
+        over_steps.leads(ranked_arms),
     )
 
 
@@ -129,7 +135,7 @@ def write(report: Report, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     all_tables = report.tables()
     figures.choose_styles(report.groups)
-    panels = charts.panels(report.rows, report.rankings, report.share_panels)
+    panels = charts.panels(report.rows, report.rankings, report.share_panels, report.leads)
     formats = {"md": tables.to_markdown, "csv": tables.to_csv, "tex": tables.to_latex}
     written = [table for table in all_tables if table.rows]
     # An earlier report in this folder may have had other tables.
