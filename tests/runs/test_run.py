@@ -19,9 +19,10 @@ from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
 from tiedlora.places import PROJECT
 from tiedlora.records.rows import read_metrics, read_validation_losses
-from tiedlora.records.scores import read_run_scores, read_scores
+from tiedlora.records.scores import read_run_scores, read_score_record, read_scores
 from tiedlora.runs import inputs, loading, run, trainer
 from tiedlora.runs.inputs import SingleSlotCache
+from tiedlora.scoring.split import Scorer
 from tiedlora.tasks.generated import Generated
 from tiedlora.training.distributed import ALONE
 
@@ -167,13 +168,33 @@ def test_with_another_dtype_it_is_another_base_model(tiny_config):
         assert loading.cached_base(config, torch.device("cpu")).model.dtype == getattr(torch, dtype)
 
 
-def test_scores_of_an_adapter_that_is_saved_again_are_removed(finished_run, tiny_config):
-    """A process that was killed after its last score and before its result has left them."""
-    folder = folder_of(finished_run("score.splits=[validation,test]"))
-    assert read_run_scores(folder).splits == ["validation", "test"]
+def test_a_stop_while_scoring_keeps_what_is_complete_and_of_this_adapter(finished_run, tiny_config, monkeypatch):
+    """A process that was killed after a score and before its result has left it."""
+    folder = folder_of(finished_run("score.splits=[validation,test]", "score.metrics=null"))
+    files = {path: path.read_bytes() for path in sorted(folder.scores.iterdir())}
+    assert len(files) == 4
     folder.result_file.unlink()
-    run.main(tiny_config("score.splits=[validation]"))
-    assert read_run_scores(folder).splits == ["validation"]
+    kept, gone, of_other, cut = files
+    gone.unlink()
+    # Another adapter's, by its sha256 in the first line, and one whose rows are cut.
+    adapter = read_score_record(of_other).adapter
+    of_other.write_bytes(files[of_other].replace(adapter.encode(), b"0" * 64, 1))
+    cut.write_bytes(files[cut][:-10])
+    stored = kept.stat().st_mtime_ns
+    scored, score_split = [], Scorer.score_split
+
+    def spy(scorer, split, examples, out, wanted):
+        scored.extend((split, kind) for kind in wanted.kinds)
+        score_split(scorer, split, examples, out, wanted)
+
+    monkeypatch.setattr(Scorer, "score_split", spy)
+    run.main(tiny_config("score.splits=[validation,test]", "score.metrics=null"))
+    names = [tuple(path.name.split(".")[:2]) for path in (gone, of_other, cut)]
+    assert sorted(scored) == sorted(names)
+    assert kept.stat().st_mtime_ns == stored, "it was written again"
+    read_run_scores(folder, folder.record())
+    for path, before in files.items():
+        assert path.read_bytes().split(b"\n")[1:] == before.split(b"\n")[1:], path
 
 
 def test_a_run_that_another_process_finishes_while_this_one_loads_is_not_trained_again(

@@ -92,6 +92,10 @@ class ScoreRecord:
     rows_sha256: Sha256
     """Of the lines after the first."""
 
+    def is_of(self, trained: RunRecord) -> bool:
+        """Whether they are scores of this run's adapter."""
+        return self.run_id == trained.run_id and self.adapter == trained.files.get(ADAPTER, self.adapter)
+
 
 @dataclass(frozen=True)
 class ScoreFile:
@@ -211,9 +215,7 @@ def read_run_scores(folder: RunFolder, trained: RunRecord | None = None) -> RunS
             adapted[split, kind] = record = read_score_record(path)
             if (record.split, record.kind) != (split, kind):
                 raise UserError(f"{path}: holds {record.kind} of {record.split}; restore the file")
-            if trained and (
-                record.run_id != trained.run_id or record.adapter != trained.files.get(ADAPTER, record.adapter)
-            ):
+            if trained and not record.is_of(trained):
                 raise UserError(
                     f"{path}: holds the scores of another adapter (of {record.run_id!r:.120}); restore the file, or "
                     "remove it and score the run again"

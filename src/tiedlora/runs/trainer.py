@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,13 @@ from tiedlora.records import run_record
 from tiedlora.records.rows import AppendedFile, MetricsRow, ValidationLosses, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import ConfigRecord, Halving, Identity, RunRecord
-from tiedlora.records.scores import read_run_scores
+from tiedlora.records.scores import read_run_scores, read_scores
 from tiedlora.records.summary import flat_summary
 from tiedlora.runs.loading import Loaded, load
 from tiedlora.runs.reward import Reward
 from tiedlora.scoring.split import in_shares
-from tiedlora.scoring.wanted import wanted_scores
+from tiedlora.scoring.wanted import forgetting_to_score, missing_scores
+from tiedlora.tasks import Example, digest
 from tiedlora.tracking.progress import ProgressBar
 from tiedlora.tracking.run_trackers import NONE, RunTrackers, TrackedRun, check_tracker
 from tiedlora.training import checkpoint, compiling
@@ -95,13 +95,15 @@ def carry_out(config: Config, folder: RunFolder) -> RunRecord | None:
             training.train(stop)
             with training.trackers.closed_on_error():
                 adapter_bytes = loaded.arm.save(own.adapter, loaded.base.record)
-                # 4. Score. Every process scores its share, and writes the rows of all into its own folder.
+                record = record_of(config, loaded, training.state, own, adapter_bytes)
+                # 4. Score. Every process scores its share, and writes the rows of all into its own folder. What a stop
+                # has left is kept if it is of this adapter.
+                _remove_other_scores(own, record, loaded.examples)
                 score(config.score, loaded, own)
                 # The other processes have nothing left to do. They leave now.
                 world.leave()
                 if not world.is_first:
                     return None
-                record = record_of(config, loaded, training.state, own, adapter_bytes)
             # 5. Write result.json last.
             training.trackers.finish(flat_summary(record, read_run_scores(own)))
             own.write_record(record)
@@ -124,9 +126,6 @@ def _written_folder(folder: RunFolder, force: bool, world: World) -> Iterator[Ru
             if force and folder.result_file.exists():
                 folder.clear()
             folder.tidy()
-            if not folder.result_file.exists():
-                # Scores without a result are of an adapter that is saved again.
-                shutil.rmtree(folder.scores, ignore_errors=True)
             folder.error_file.unlink(missing_ok=True)
             folder.pruned_file.unlink(missing_ok=True)
             yield folder
@@ -406,14 +405,26 @@ class Training:
             self.bar.note = f"loss {last.get('train/loss', math.nan):.3f}, {rate:.0f} tokens/s"
 
 
+def _remove_other_scores(folder: RunFolder, record: RunRecord, examples: Mapping[str, list[Example]]) -> None:
+    """Remove the scores that a stopped process has left, unless they are whole, and of this adapter and these rows."""
+    for path in folder.scores.glob("*.jsonl"):
+        with suppress(UserError):
+            found = read_scores(path).record
+            rows = examples.get(found.split)
+            if found.is_of(record) and (rows is None or digest(rows) == found.digest):
+                continue
+        path.unlink()
+
+
 def score(config: ScoreConfig, loaded: Loaded, folder: RunFolder) -> None:
-    """Score the splits and the neutral text of `score`, and write their files into the folder."""
+    """Score what the folder lacks of the splits and the neutral text of `score`, and write their files into it."""
     scorer = loaded.scorer
-    wanted = wanted_scores(config.metrics, scorer.task, config.drift)
-    for split in config.splits:
+    # Only the first process has the run's folder.
+    lacking, forgetting = loaded.world.gather((missing_scores(config, folder), forgetting_to_score(config, folder)))[0]
+    for split, wanted in lacking.items():
         scorer.score_split(split, loaded.examples[split], folder, wanted)
-    if config.forgetting is not None:
-        scorer.score_forgetting(config.forgetting, folder)
+    if forgetting is not None:
+        scorer.score_forgetting(forgetting, folder)
 
 
 def record_of(
