@@ -168,33 +168,52 @@ def test_with_another_dtype_it_is_another_base_model(tiny_config):
         assert loading.cached_base(config, torch.device("cpu")).model.dtype == getattr(torch, dtype)
 
 
-def test_a_stop_while_scoring_keeps_what_is_complete_and_of_this_adapter(finished_run, tiny_config, monkeypatch):
-    """A process that was killed after a score and before its result has left it."""
-    folder = folder_of(finished_run("score.splits=[validation,test]", "score.metrics=null"))
-    files = {path: path.read_bytes() for path in sorted(folder.scores.iterdir())}
-    assert len(files) == 4
-    folder.result_file.unlink()
-    kept, gone, of_other, cut = files
-    gone.unlink()
-    # Another adapter's, by its sha256 in the first line, and one whose rows are cut.
-    adapter = read_score_record(of_other).adapter
-    of_other.write_bytes(files[of_other].replace(adapter.encode(), b"0" * 64, 1))
-    cut.write_bytes(files[cut][:-10])
-    stored = kept.stat().st_mtime_ns
-    scored, score_split = [], Scorer.score_split
+class TestStoppedWhileScoring:
+    """A process that was killed after a score and before its result has left the score."""
 
-    def spy(scorer, split, examples, out, wanted):
-        scored.extend((split, kind) for kind in wanted.kinds)
-        score_split(scorer, split, examples, out, wanted)
+    @pytest.fixture
+    def stopped(self, finished_run):
+        """The folder, and the bytes of its files of scores."""
+        folder = folder_of(finished_run("score.splits=[validation,test]", "score.metrics=null"))
+        folder.result_file.unlink()
+        files = {path: path.read_bytes() for path in sorted(folder.scores.iterdir())}
+        assert len(files) == 4
+        return folder, files
 
-    monkeypatch.setattr(Scorer, "score_split", spy)
-    run.main(tiny_config("score.splits=[validation,test]", "score.metrics=null"))
-    names = [tuple(path.name.split(".")[:2]) for path in (gone, of_other, cut)]
-    assert sorted(scored) == sorted(names)
-    assert kept.stat().st_mtime_ns == stored, "it was written again"
-    read_run_scores(folder, folder.record())
-    for path, before in files.items():
-        assert path.read_bytes().split(b"\n")[1:] == before.split(b"\n")[1:], path
+    def test_what_is_whole_and_of_this_adapter_and_these_rows_is_kept(self, stopped, tiny_config, monkeypatch):
+        folder, files = stopped
+        gone, other_adapter, cut, other_rows = files
+        gone.unlink()
+        for path, key in ((other_adapter, "adapter"), (other_rows, "digest")):
+            value = getattr(read_score_record(path), key)
+            path.write_bytes(files[path].replace(value.encode(), b"0" * 64, 1))
+        cut.write_bytes(files[cut][:-10])
+        scored, score_split = [], Scorer.score_split
+
+        def spy(scorer, split, examples, out, wanted):
+            scored.extend((split, kind) for kind in wanted.kinds)
+            score_split(scorer, split, examples, out, wanted)
+
+        monkeypatch.setattr(Scorer, "score_split", spy)
+        config = tiny_config("score.splits=[validation,test]", "score.metrics=null")
+        run.main(config)
+        assert sorted(scored) == sorted(tuple(path.name.split(".")[:2]) for path in files)
+        # They are the same again, and now nothing is scored.
+        written = {path: path.stat().st_mtime_ns for path in files}
+        scored.clear()
+        folder.result_file.unlink()
+        run.main(config)
+        assert scored == []
+        assert {path: path.stat().st_mtime_ns for path in files} == written
+        read_run_scores(folder, folder.record())
+        for path, before in files.items():
+            assert path.read_bytes().split(b"\n")[1:] == before.split(b"\n")[1:], path
+
+    def test_a_split_that_is_no_longer_asked_for_is_removed(self, stopped, tiny_config):
+        """Its rows are not read, so they may have changed."""
+        folder, _ = stopped
+        run.main(tiny_config("score.splits=[validation]"))
+        assert read_run_scores(folder).splits == ["validation"]
 
 
 def test_a_run_that_another_process_finishes_while_this_one_loads_is_not_trained_again(

@@ -98,6 +98,20 @@ def test_every_process_validates_and_scores_its_share(tiny_config, tmp_path, mon
     assert first == second, "before the first step, all processes have the same model"
 
 
+def test_all_processes_score_what_the_first_one_lacks(tiny_config):
+    config = tiny_config("score.metrics=null", "train.steps=2")
+    in_world(lambda _rank: run.main(config))
+    folder = folder_of(config)
+    kept, gone = (folder.scores_file("validation", kind) for kind in ("answers", "losses"))
+    stored, rows = kept.stat().st_mtime_ns, gone.read_bytes().split(b"\n")[1:]
+    # As if a kill had come between the two.
+    folder.result_file.unlink()
+    gone.unlink()
+    in_world(lambda _rank: run.main(config))
+    assert kept.stat().st_mtime_ns == stored
+    assert gone.read_bytes().split(b"\n")[1:] == rows
+
+
 def test_memory_that_runs_out_in_one_process_is_known_in_all():
 
     def score(rank):

@@ -280,7 +280,7 @@ def _over_steps(model: str, leads: Sequence[Sequence[LeadAtStep]]) -> list[Panel
 def draw_over_steps(ax: Axes, lines: Sequence[Sequence[LeadAtStep]]) -> None:
     """Each arm's loss minus LoRA's, with the band of its intervals. Below the line at 0 the arm is better.
 
-    The axis has the second half of training, because the first steps may differ a hundred times as much.
+    The axis is as high as the second half of training needs, because the first steps may differ much more.
     """
     ax.axhline(0, color=SOFT, linewidth=1, zorder=1)
     ends = []

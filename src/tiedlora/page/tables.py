@@ -413,9 +413,10 @@ def shares(panels: Iterable[SharePanel]) -> Table:
 def over_steps(leads: Iterable[Sequence[LeadAtStep]]) -> Table:
     """One row per arm and validation: its loss minus LoRA's."""
     caption = (
-        "The validation loss of each adapter minus that of LoRA of its size (or the nearest one), in nats, on the same "
-        "rows and seeds. Below 0 the adapter is better. The 95 % interval is over seeds and validation rows, for each "
-        "step alone. Validation rows also chose the rates."
+        "The validation loss of an adapter minus that of LoRA of its size (or the nearest one), in nats, on the same "
+        "rows and scored seeds. Below 0 the adapter is better. 'Change to the last step': the last difference minus "
+        "this one; a lead that shrinks has one above 0. The 95 % intervals are over seeds and validation rows (taken "
+        "as independent), for each step alone; one seed has none. Validation rows also chose the rates."
     )
     columns = (
         *_group_columns(lambda lead: lead.group),
@@ -423,6 +424,7 @@ def over_steps(leads: Iterable[Sequence[LeadAtStep]]) -> Table:
         Column("seeds", WHOLE, lambda lead: lead.seeds),
         Column("step", WHOLE, lambda lead: lead.step),
         Column("minus LoRA", NATS_INTERVAL, lambda lead: lead.difference),
+        Column("change to the last step", NATS_INTERVAL, lambda lead: lead.change),
     )
     return Table.of("over-steps", caption, columns, [lead for own in leads for lead in own])
 

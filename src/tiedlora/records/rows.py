@@ -134,7 +134,7 @@ def read_validation_losses(path: Path) -> list[ValidationLosses]:
             row = typed(ValidationLosses, tree)
         except UserError:
             continue
-        if 0 < len(row.losses) == len(row.tokens):
+        if len(row.losses) == len(row.tokens) and sum(row.tokens) > 0:
             rows.append(row)
     return rows
 

@@ -20,7 +20,7 @@ from tiedlora.analysis.intervals import mean_loss
 from tiedlora.analysis.metrics import summarise
 from tiedlora.config.check import check_new_run
 from tiedlora.config.identity import config_tree, identity
-from tiedlora.config.schema import Config, ScoreConfig
+from tiedlora.config.schema import FORGETTING, Config, ScoreConfig
 from tiedlora.data.batching import Batch, BatchSampler, collate, empty_batch, even_passes, microbatches
 from tiedlora.data.encoding import Encoded
 from tiedlora.errors import StoppedEarly, UserError, is_out_of_memory
@@ -406,13 +406,21 @@ class Training:
 
 
 def _remove_other_scores(folder: RunFolder, record: RunRecord, examples: Mapping[str, list[Example]]) -> None:
-    """Remove the scores that a stopped process has left, unless they are whole, and of this adapter and these rows."""
-    for path in folder.scores.glob("*.jsonl"):
+    """Remove the scores that a stopped process has left, unless they are whole, and of this adapter and these rows.
+
+    Args:
+        examples: split -> the rows that will be scored. Those of another split cannot be compared.
+    """
+    digests = {split: digest(rows) for split, rows in examples.items()}
+    for path in folder.scores.glob("*"):
         with suppress(UserError):
             found = read_scores(path).record
-            rows = examples.get(found.split)
-            if found.is_of(record) and (rows is None or digest(rows) == found.digest):
+            is_in_place = path == folder.scores_file(found.split, found.kind)
+            # Whether a neutral text has changed is asked when it is scored.
+            has_same_rows = found.split == FORGETTING or found.digest == digests.get(found.split)
+            if is_in_place and has_same_rows and found.is_of(record):
                 continue
+        log.info("%s: is not of this adapter and these rows, so it is removed", path)
         path.unlink()
 
 

@@ -88,7 +88,7 @@ def _wanted(metrics: Sequence[str] | None, drift: bool) -> Wanted:
 
 
 def missing_scores(score: ScoreConfig, folder: RunFolder) -> dict[str, Wanted]:
-    """Split -> the wanted kinds that a finished run has no file of. The names of the metrics are not checked.
+    """Split -> the wanted kinds that a run has no file of. The names of the metrics are not checked.
 
     Raises:
         UserError: a file of scores is damaged.
@@ -116,7 +116,7 @@ def lacks_scores(score: ScoreConfig, folder: RunFolder) -> bool:
 
 
 def forgetting_to_score(score: ScoreConfig, folder: RunFolder) -> str | None:
-    """The requested neutral text, if the finished run's losses on it are missing, or its file has changed since.
+    """The requested neutral text, if the run's losses on it are missing, or its file has changed since.
 
     Raises:
         UserError: the file of these losses is damaged.
