@@ -57,6 +57,8 @@ class World:
     """Between rows, of the difference of two neighbouring rates in all seeds."""
     rest_sd: float
     """Between rows, of a rate in one seed."""
+    gain: float
+    """By how much the loss falls from its start. A search stops only what is behind by a part of it."""
     disagree: float
     """The share of the recorded arms in which the two seeds name different rates."""
 
@@ -64,6 +66,7 @@ class World:
 def recorded_worlds() -> list[World]:
     """The world of each task, from the arms whose two best rates ran at two seeds."""
     last: dict[tuple[str, str], dict[float, dict[int, ValidationLosses]]] = defaultdict(lambda: defaultdict(dict))
+    gains: dict[str, list[float]] = defaultdict(list)
     for study in STUDIES:
         runs, _ = read_runs([runs_folder(common.PROJECT / "studies" / study)])
         for run in runs:
@@ -71,6 +74,7 @@ def recorded_worlds() -> list[World]:
             if not run.arm.trained_for:
                 rows = read_validation_losses(RunFolder(run.path).validation_losses_file)
                 last[run.task, run.search][run.lr][run.seed] = rows[-1]
+                gains[run.task].append(mean_loss(rows[0]) - mean_loss(rows[-1]))
     recorded: dict[str, list[tuple[Array, float]]] = defaultdict(list)
     for (task, _), rates in last.items():
         both = {lr: {seed: own[seed] for seed in (0, 1)} for lr, own in rates.items() if {0, 1} <= set(own)}
@@ -82,10 +86,10 @@ def recorded_worlds() -> list[World]:
             seeds = max(rates.values(), key=len).values()
             squares = table.mean(1).var(ddof=1) / 2 + (len(seeds) - 1) * np.var([*map(mean_loss, seeds)], ddof=1)
             recorded[task].append((table, math.sqrt(squares / len(seeds))))
-    return [_world(task, own) for task, own in sorted(recorded.items())]
+    return [_world(task, own, gains[task]) for task, own in sorted(recorded.items())]
 
 
-def _world(task: str, arms: Sequence[tuple[Array, float]]) -> World:
+def _world(task: str, arms: Sequence[tuple[Array, float]], gains: Sequence[float]) -> World:
     """Variances are means over the arms, without what the noise of the means adds to them."""
     squares = [mean_squares(table) for table, _ in arms]
     rows = squares[0].rows
@@ -102,6 +106,7 @@ def _world(task: str, arms: Sequence[tuple[Array, float]]) -> World:
         seed_sds=tuple(seed_sd for _, seed_sd in arms),
         row_sd=math.sqrt(max(0.0, of_rows - rest) / 2),
         rest_sd=math.sqrt(rest / 2),
+        gain=float(np.median(gains)),
         disagree=float(np.mean([table.mean(1).min() < 0 for table, _ in arms])),
     )
 
@@ -138,7 +143,8 @@ class Arm:
 
     def __call__(self, lr: float, seed: int) -> Observation:
         reached = self.reached.get((lr, seed), 0)
-        seen = {step: self.losses(lr, seed, step) for step in (*RUNGS, STEPS) if step <= reached}
+        start = ValidationLosses(0, [1.0 + self.world.gain] * ROWS, [1] * ROWS)
+        seen = {0: start} | {step: self.losses(lr, seed, step) for step in (*RUNGS, STEPS) if step <= reached}
         loss = mean_loss(seen[STEPS]) if reached == STEPS else None
         return Observation(seen, loss, scored=reached == STEPS)
 

@@ -1,7 +1,7 @@
 """The staged search of one configuration's learning rate, as a pure function of what its runs have shown so far.
 
-1. *Search.* Every rate runs at the first seed. At each rung (a step of training) those that are clearly behind stop. If
-   the best rate is the lowest or highest one, the next rate outward joins, within bounds.
+1. *Search.* Every rate runs at the first seed. At each rung (a step of training) those that are clearly and far behind
+   stop. If the best rate is the lowest or highest one, the next rate outward joins, within bounds.
 2. *Finalists.* The two best rates run at the second seed, and a third one if it is not clearly behind.
 3. *Race*, if there are more than two seeds to search with. The finalists that are not worse than the best one, by the
    interval over seeds and validation rows, run at the next seed, until one is left or the seeds are used. If two are
@@ -29,6 +29,10 @@ from tiedlora.records.selection import SearchDecision
 
 NOISE_FACTOR = 2.0
 """A rate is clearly behind if its loss is higher than the best one's by more than this many paired standard errors."""
+RECOVERABLE = 0.25
+"""A rate is far behind at a rung if its loss is higher than the best one's by more than this share of what the best one
+has gained since its start. A rate above the best one catches up while the rates fall along their schedule, and one
+below it needs more steps. In recorded runs, rates that were behind by 6 and 10 % ended level with the best one."""
 LEAST_KEPT = 2
 """A rate among the two best never stops at a rung, and both run at the second seed."""
 RACE_LEVEL = 0.3
@@ -157,7 +161,7 @@ class SearchStage:
     # 1. Search.
 
     def _search(self, entering: Sequence[float]) -> None:
-        """Run the rates at the first seed. At the rungs, those that are clearly behind stop."""
+        """Run the rates at the first seed. At the rungs, those that are clearly and far behind stop."""
         seed, running = self.plan.search_seeds[0], list(entering)
         for rung, reached in self._at_rung.items():
             if len(running) + len(reached) <= LEAST_KEPT:
@@ -171,7 +175,10 @@ class SearchStage:
             ranked = sorted(reached, key=lambda lr: (mean_loss(reached[lr]), lr))
             for place in range(max(LEAST_KEPT, math.ceil(len(ranked) / 2)), len(ranked)):
                 lr, best = ranked[place], ranked[0]
-                if lr in running and (behind := _behind(reached[lr], reached[best])):
+                start = self.observe(best, seed).evaluations.get(0)
+                if lr not in running or start is None or not _is_far(reached[lr], reached[best], start):
+                    continue
+                if behind := _behind(reached[lr], reached[best]):
                     running.remove(lr)
                     reason = f"{behind} {best:g} at step {rung}, and {place} of {len(ranked)} are better"
                     self._decide(lr, "stopped", reason, seed, rung)
@@ -326,6 +333,12 @@ def _behind(losses: ValidationLosses, best: ValidationLosses) -> str:
     difference, error = paired_difference(losses, best)
     is_clear = difference > NOISE_FACTOR * error
     return f"{difference:.4f} (paired standard error {error:.4f}) behind" if is_clear else ""
+
+
+def _is_far(losses: ValidationLosses, best: ValidationLosses, start: ValidationLosses) -> bool:
+    """Whether one rate's loss is above the best one's by more than it can make up for by the end."""
+    lowest = mean_loss(best)
+    return mean_loss(losses) - lowest > RECOVERABLE * (mean_loss(start) - lowest)
 
 
 def _in_words(found: Interval) -> str:
