@@ -18,8 +18,9 @@ from tiedlora.sweeps.study import read_study
 STUDIES = sorted(path.parent for path in (PROJECT / "studies").glob("*/study.yaml"))
 SHOWN_IN_FRONT = "sharing-against-lora"
 """The study whose numbers the project's README has."""
-LARGEST_BYTES = 45_000_000
-"""Of all studies together: 26 MB of the first, 18 MB of sharing-against-lora, and 0.3 MB of the third."""
+LARGEST_BYTES = 55_000_000
+"""Of all studies together: 26 MB of the first, 18 MB of sharing-against-lora, 0.3 MB of the third, and up to 10 MB of
+does-it-hold, whose records are packed when it has ended."""
 FINISHED = {"README.md", "appendix.md", "study.yaml", "claims.yaml", "control.yaml", "records.tar.xz"}
 """The files of a finished study. control.yaml is a second file of claims, which compares LoRA with itself."""
 
