@@ -82,7 +82,7 @@ def left_by(folder: RunFolder) -> dict[str, Any]:
     logged = read_metrics(folder.metrics_file)
     clock = [row.values["train/seconds"] for row in logged if "train/seconds" in row.values]
     files = [*folder.adapter.iterdir(), folder.validation_losses_file]
-    scored = [(path, *path.read_bytes().split(b"\n", 1)) for path in folder.scores.iterdir()]
+    scored = [(path, *path.read_bytes().split(b"\n", 1)) for path in folder.scores.glob("*")]
     return {
         "result": json.dumps(_without_times(record.to_json()), sort_keys=True),
         "metrics": [_without_times(row.to_json()) for row in logged],
