@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from tiedlora.analysis.groups import Peer, RunGroup
 from tiedlora.analysis.intervals import Array, both_interval, loss_contrast
 from tiedlora.analysis.ranking import RankedArm
@@ -73,7 +75,7 @@ def _leads(group: RunGroup, lora: Peer, by_seed: LossesOfRuns) -> list[LeadAtSte
         first = [ours[seed][step] for seed in seeds]
         # The weights add up to 1, so this is the arm minus the point of LoRA's curve.
         contrasts = (weight * loss_contrast(first, [own[seed][step] for seed in seeds]) for weight, own in parts)
-        tables[step] = functools.reduce(lambda one, other: one + other, contrasts)
+        tables[step] = sum(contrasts, np.zeros(()))
     return [
         LeadAtStep(group, lora, step, len(seeds), _interval(table), _interval(tables[max(tables)] - table))
         for step, table in tables.items()
