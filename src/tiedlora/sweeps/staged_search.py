@@ -176,9 +176,8 @@ class SearchStage:
             for place in range(max(LEAST_KEPT, math.ceil(len(ranked) / 2)), len(ranked)):
                 lr, best = ranked[place], ranked[0]
                 start = self.observe(best, seed).evaluations.get(0)
-                if lr not in running or start is None or not _is_far(reached[lr], reached[best], start):
-                    continue
-                if behind := _behind(reached[lr], reached[best]):
+                is_far = start is not None and _is_far(reached[lr], reached[best], start)
+                if lr in running and is_far and (behind := _behind(reached[lr], reached[best])):
                     running.remove(lr)
                     reason = f"{behind} {best:g} at step {rung}, and {place} of {len(ranked)} are better"
                     self._decide(lr, "stopped", reason, seed, rung)
