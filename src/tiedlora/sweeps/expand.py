@@ -135,6 +135,7 @@ class CellComposer:
         self._section_of = cache(self._find_section)
         self._composition = cache(self._compose)
         self._section_config = cache(self._compose_section)
+        self._files_of = cache(self._find_files)
 
     def compose(self, overrides: list[str]) -> Config:
         """The configuration that Hydra composes from these overrides, completed and checked.
@@ -180,21 +181,30 @@ class CellComposer:
 
     def _compose(self, overrides: tuple[str, ...]) -> tuple[Config, dict[Any, Any], list[tuple[str, list[str]]]] | None:
         """The typed configuration of these overrides, which is not completed; its values with their interpolations; and
-        the files that Hydra merges, in their order, each with its package, whose first word is a section.
+        the files that Hydra merges.
 
         None if they are not a configuration without the others.
         """
         try:
             composed = self._load(list(overrides))
             raw: Any = OmegaConf.to_container(composed, resolve=False)
-            with readable_errors():
-                words = [*self.master.hydra.overrides.hydra, *overrides]
-                merged = self.loader.compute_defaults_list(self.master.hydra.job.config_name, words, RunMode.RUN)
-            files = [(str(file.config_path), str(file.package).split(".")) for file in merged.defaults]
+            files = self._files_of(tuple(override for override in overrides if self._chooses_an_option(override)))
             return compose.typed(composed), raw, files
         except UserError:
             # The composition of the whole cell succeeds, or it reports the error with its right words.
             return None
+
+    def _chooses_an_option(self, override: str) -> bool:
+        """Whether the override is of a group. One that gives a key its value changes no list of files."""
+        (parsed,) = OverridesParser.create().parse_overrides([override])
+        return any(source.is_group(parsed.key_or_group) for source in self.loader.get_sources())
+
+    def _find_files(self, options: tuple[str, ...]) -> list[tuple[str, list[str]]]:
+        """The files that Hydra merges, in their order, each with its package, whose first word is a section."""
+        with readable_errors():
+            words = [*self.master.hydra.overrides.hydra, *options]
+            merged = self.loader.compute_defaults_list(self.master.hydra.job.config_name, words, RunMode.RUN)
+        return [(str(file.config_path), str(file.package).split(".")) for file in merged.defaults]
 
     def _load(self, overrides: list[str]) -> DictConfig:
         """What Hydra composes, without its own section, in which some values are missing on purpose."""
