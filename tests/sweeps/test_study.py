@@ -1,5 +1,6 @@
 """A study: a plan that is read strictly, records that are kept by a rule, and runs that anyone can repeat."""
 
+import itertools
 import json
 import shutil
 import signal
@@ -114,7 +115,7 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory, finish):
-    """Two seeds of one arm, and a run that a search has stopped."""
+    """Two seeds of one arm, a run that a search has stopped, and one that only paused."""
     place = tmp_path_factory.mktemp("outputs")
     words = [*WORDS, f"outputs={place}", f"cache={place}/.cache"]
     ids = []
@@ -137,9 +138,9 @@ def outputs(tmp_path_factory, finish):
     for name, runs in (("s-1", choice.run_ids), ("s-2", ids[1:])):
         chosen = Selection(name, "loss", [replace(choice, run_ids=runs)])
         write_selection(place / "sweeps" / name / "selection.json", chosen)
-    stopped = RunFolder(place / ids[0].replace("-s0-", "-s7-"))
-    for name in ("config.yaml", "validation_losses.jsonl"):
-        storage.write_bytes(stopped.path / name, storage.read_bytes(place / ids[0] / name))
+    stopped, paused = (RunFolder(place / ids[0].replace("-s0-", seed)) for seed in ("-s7-", "-s8-"))
+    for name, each in itertools.product(("config.yaml", "validation_losses.jsonl"), (stopped, paused)):
+        storage.write_bytes(each.path / name, storage.read_bytes(place / ids[0] / name))
     stopped.pruned_file.write_text("behind by 0.3\n")
     return place, ids
 
@@ -152,6 +153,7 @@ def test_the_records_are_every_run_and_the_adapter_of_one_seed(folder, outputs, 
     runs, left_out = read_runs(run_roots([folder]))
     assert sorted(run.run_id for run in runs) == sorted(ids)
     assert [folder.reason for folder in left_out] == ["pruned by the search of a learning rate: behind by 0.3"]
+    assert not (kept / ids[0].replace("-s0-", "-s8-")).exists(), "a run that only paused may go on"
     assert (kept / "sweeps" / "s-1" / "selection.json").exists()
     before = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
     study.export_study(folder, place)
@@ -214,10 +216,13 @@ def test_a_run_that_diverged_stays_a_result_on_another_machine(folder, outputs, 
     study.restore_study(folder, tmp_path / "there")
     restored = RunFolder(tmp_path / "there" / diverged.path.name)
     assert (restored.state(), restored.diverged()) == ("failed", True)
-    # The run starts again, and is stopped.
+    # The run starts again. Its record is what ended it before, until it ends again.
     diverged.error_file.unlink()
     study.export_study(folder, here)
-    assert not kept.diverged()
+    assert kept.diverged()
+    diverged.pruned_file.write_text("behind by 0.3\n")
+    study.export_study(folder, here)
+    assert (kept.state(), kept.diverged()) == ("pruned", False)
 
 
 def test_a_finished_record_stays_while_its_run_is_trained_again(folder, outputs, tmp_path):
