@@ -55,7 +55,7 @@ def statuses(sweep):
 def test_status_counts_and_estimates(tiny_run, finish):
     sweep = compose_sweep(tiny_run("tying=LoRA,TABuv", "seed=0,1"))
     assert status.time_left(statuses(sweep)) == {}
-    assert json.loads(status.to_json(sweep, statuses(sweep)))["seconds_left"] is None
+    assert json.loads(status.to_json(sweep.id, statuses(sweep)))["seconds_left"] is None
     finish(sweep.cells[0].config)
     cells = statuses(sweep)
     assert status.counts(cells) == {**dict.fromkeys(State, 0), "done": 1, "missing": 3}
@@ -64,7 +64,7 @@ def test_status_counts_and_estimates(tiny_run, finish):
         assert statuses(sweep)[1].state == "running"
     fail(sweep.cells[2], "Traceback\ntiedlora.errors.UserError: no\n")
     assert statuses(sweep)[2].error == "UserError: no"
-    tree = json.loads(status.to_json(sweep, statuses(sweep)))
+    tree = json.loads(status.to_json(sweep.id, statuses(sweep)))
     assert list(tree) == ["sweep", "counts", "seconds_left", "cells"]
     assert [list(cell) for cell in tree["cells"]] == [CELL_KEYS] * 4
     assert [cell["state"] for cell in tree["cells"]] == ["done", "interrupted", "failed", "missing"]
@@ -199,7 +199,7 @@ class TestFinding:
 
 
 class TestCommand:
-    def test_lines_without_a_terminal(self, tiny_run, tmp_path, script):
+    def test_without_words_it_is_the_newest_sweep(self, tiny_run, tmp_path, script):
         swept = compose_sweep(tiny_run("train.lr=1e-3,1000", "seed=0,1", "train.clip=null", "train.steps=30"))
         with pytest.raises(SystemExit):
             run_sweep(swept, work)
@@ -208,6 +208,12 @@ class TestCommand:
         lines = out.splitlines()
         assert sum(" failed " in line and "Diverged: step" in line for line in lines) == 2
         assert re.search(r"4 cells: 2 done, 2 failed; .*, ended$", lines[-1])
+        # The status of a started sweep needs no words either.
+        code, out, err = script("scripts/sweep.py", "status", f"outputs={tmp_path}/outputs")
+        assert (code, out.count("Diverged: step")) == (0, 2), err
+        assert out.startswith(f"{swept.id}: 4 cells: 2 done, 2 failed; ")
+        by_id = script("scripts/sweep.py", "status", swept.id, f"outputs={tmp_path}/outputs", "--json")[1]
+        assert json.loads(by_id)["counts"]["failed"] == 2
 
     @pytest.mark.slow
     def test_a_live_table_on_a_terminal(self, sweep, tmp_path, finish):

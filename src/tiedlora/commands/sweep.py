@@ -1,10 +1,11 @@
 """python scripts/sweep.py plan|status|watch|select|drop|retry +grid=paper [words of train.py]: a sweep.
 
 plan shows every cell, its state, and what the sweep will cost. status shows counts and the time left in one line, and
-then the unfinished cells. watch shows them in a live table while the sweep runs, from any terminal on the same folder;
-instead of words it takes a sweep's id or name, or nothing for the newest one. select chooses each configuration's
-learning rate on validation, and scores test only for the chosen runs. drop takes cells out of a sweep, also while it
-runs, and retry puts them back or lets failed ones run once more: name them by their ids, such as 'LoRA-*-s1-*'.
+then the unfinished cells. watch shows them in a live table while the sweep runs. Both work in any terminal on the same
+folder, and instead of words they take a sweep's id or name, or nothing for the newest one. select chooses each
+configuration's learning rate on validation, and scores test only for the chosen runs. drop takes cells out of a sweep,
+also while it runs, and retry puts them back or lets failed ones run once more: name them by their ids, such as
+'LoRA-*-s1-*'.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from tiedlora.records.selection import SELECTION_FILE, write_selection
 from tiedlora.sweeps import forecast, selection, status
 from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.expand import compose_sweep
+from tiedlora.text import visible
 from tiedlora.tracking.progress import show_log
 
 SEARCHING = {"hydra/sweeper=staged", "hydra/sweeper=deciding"}
@@ -34,7 +36,7 @@ def main(words: list[str]) -> None:
         "words",
         nargs="*",
         help="the words after `train.py --multirun`; the same words are the same sweep. drop, retry: the ids of cells "
-        "too, with * and ? as wildcards. watch: a sweep's id, name or folder, and outputs=FOLDER",
+        "too, with * and ? as wildcards. status, watch: or a sweep's id, name or folder, and outputs=FOLDER",
     )
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument(
@@ -62,9 +64,14 @@ def main(words: list[str]) -> None:
     if arguments.what in ("drop", "retry"):
         steer(compose_sweep([word for word in arguments.words if word not in cells]), arguments.what, cells)
         return
-    if arguments.what == "watch":
-        show_live([word for word in arguments.words if word not in cells], cells)
-        return
+    if arguments.what in ("status", "watch"):
+        folder = started_sweep(arguments.what, [word for word in arguments.words if word not in cells], cells)
+        if arguments.what == "watch":
+            show_live(folder or compose_sweep(arguments.words).path)
+            return
+        if folder is not None:
+            show_started(folder, json=arguments.json)
+            return
     sweep = compose_sweep(arguments.words)
     if arguments.what == "select":
         select(sweep, by=arguments.by, test=not arguments.no_test, json=arguments.json)
@@ -100,20 +107,39 @@ def steer(sweep: Sweep, what: str, patterns: list[str]) -> None:
     print("\n".join(run_ids))
 
 
-def show_live(words: list[str], names: list[str]) -> None:
-    """Watch the sweep of the words, or the one with this name; outputs= alone says only where to look."""
-    if len(names) > 1 or (names and [word for word in words if not word.startswith("outputs=")]):
-        raise UserError("watch: takes one sweep: its id, its name, its folder, or the words of train.py --multirun")
-    if all(word.startswith("outputs=") for word in words):
-        places = [word.removeprefix("outputs=") for word in words]
-        outputs = Path(places[-1]).expanduser() if places else outputs_folder()
-        folder = status.find_sweep(outputs.absolute(), *names)
-    else:
-        folder = compose_sweep(words).path
-        if not folder.is_dir():
-            raise UserError(f"{folder.name}: this sweep has not been started; train.py --multirun starts it")
+def started_sweep(what: str, words: list[str], names: list[str]) -> Path | None:
+    """The folder of the sweep with this name, or of the one that was started last. outputs= says where to look.
+
+    Returns:
+        None if words of train.py say which sweep it is.
+
+    Raises:
+        UserError: there is no such sweep, or there are words besides the name.
+    """
+    others = [word for word in words if not word.startswith("outputs=")]
+    if len(names) > 1 or (names and others):
+        raise UserError(f"{what}: takes one sweep: its id, its name, its folder, or the words of train.py --multirun")
+    if others:
+        return None
+    outputs = Path(words[-1].removeprefix("outputs=")).expanduser() if words else outputs_folder()
+    return status.find_sweep(outputs.absolute(), *names)
+
+
+def show_live(folder: Path) -> None:
+    """Watch the sweep in this folder."""
+    if not folder.is_dir():
+        raise UserError(f"{folder.name}: this sweep has not been started; train.py --multirun starts it")
     if not status.watch(folder):
         raise SystemExit(1)
+
+
+def show_started(folder: Path, json: bool) -> None:
+    """Print the status of the sweep in this folder, as its own files say it."""
+    cells = next(status.views(folder)).cells
+    if json:
+        print(status.to_json(folder.name, cells))
+    else:
+        screen.show(*status.unfinished(visible(folder.name), cells))
 
 
 def show(sweep: Sweep, searches: bool, tflops: float | None, json: bool) -> None:
@@ -124,7 +150,7 @@ def show(sweep: Sweep, searches: bool, tflops: float | None, json: bool) -> None
     cells = next(status.views(sweep.path)).cells if has_searched else list(plain)
     forecasts, unknown = forecast.forecast(sweep.cells, tflops) if tflops else ([], [])
     if json:
-        print(status.to_json(sweep, cells, [asdict(row) for row in forecasts] if tflops else None))
+        print(status.to_json(sweep.id, cells, [asdict(row) for row in forecasts] if tflops else None))
     elif tflops:
         screen.show(*status.summarised(sweep.id, cells), "", *forecast.described(forecasts, unknown))
     else:

@@ -1,7 +1,7 @@
 """The state of a sweep's cells, read from their folders: as a table, in lines, as JSON, or live.
 
-`scripts/sweep.py watch` shows it again and again, in any terminal on the same folder. It writes nothing into the
-sweep's folder, and holds the lock of a run only for a moment.
+`scripts/sweep.py status` and `watch` show it, in any terminal on the same folder. They write nothing into the sweep's
+folder, and hold the lock of a run only for a moment.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tiedlora.records.run_folder import LOOK_SECONDS, State
 from tiedlora.records.scores import read_finished
 from tiedlora.records.selection import SELECTION_FILE, Selection, read_selection
 from tiedlora.scoring.wanted import lacks_scores
-from tiedlora.sweeps.cells import PLAN_FILE, VERDICTS_FILE, Sweep, SweepCell, SweepControl, frozen_cell, rate_groups
+from tiedlora.sweeps.cells import PLAN_FILE, VERDICTS_FILE, SweepCell, SweepControl, frozen_cell, rate_groups
 from tiedlora.sweeps.selection import decision_lines
 from tiedlora.text import clock, visible
 
@@ -284,17 +284,18 @@ def _rate(cell: SweepCell, values: Mapping[str, str]) -> str:
     return rate
 
 
-def to_json(sweep: Sweep, cells: Sequence[CellStatus], forecast: Sequence[Mapping[str, object]] | None = None) -> str:
+def to_json(sweep_id: str, cells: Sequence[CellStatus], forecast: Sequence[Mapping[str, object]] | None = None) -> str:
     """The sweep with its cells as plain data, for programs. The object of a cell has one level of keys.
 
     Args:
+        cells: one that was read from its frozen configuration has no overrides.
         forecast: the cost of each model and task, for a plan.
     """
     left = time_left(cells)
     has_estimate = left or any(cell.state == State.DONE for cell in cells)
     found = ("state", "metric", "score", "validation_loss", "error", "seconds")
     tree = {
-        "sweep": sweep.id,
+        "sweep": sweep_id,
         "counts": counts(cells),
         "seconds_left": sum(left.values()) if has_estimate else None,
         **({} if forecast is None else {"forecast": list(forecast)}),
