@@ -1,11 +1,25 @@
 """Sweeps in this process: a launcher that remembers what it was asked, and runs that somebody else works on."""
 
+import functools
+import os
 import threading
+from collections.abc import Sequence
 from contextlib import contextmanager
 
-from tiedlora.sweeps.cells import frozen_cell
+from tiedlora.sweeps import expand
+from tiedlora.sweeps.cells import Sweep, frozen_cell
 from tiedlora.sweeps.expand import SearchOptions
 from tiedlora.sweeps.launching import work
+
+
+def compose_sweep(words: Sequence[str]) -> Sweep:
+    """As expand.compose_sweep. What the sweeps of different tests share is composed once, because it takes long."""
+    return expand.compose_sweep(list(words), _composers(os.environ.get("TIEDLORA_DATA")))
+
+
+@functools.cache
+def _composers(_data_root: str | None) -> expand.Composers:
+    return {}
 
 
 def search_options(**options) -> SearchOptions:

@@ -6,14 +6,14 @@ import shutil
 
 import pytest
 from helpers.hostile import put_in_scores
-from helpers.sweeping import Here, times
+from helpers.sweeping import Here, compose_sweep, times
 
 from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.scores import read_finished
 from tiedlora.records.selection import read_selection
 from tiedlora.sweeps import status
-from tiedlora.sweeps.expand import DecidingOptions, compose_sweep
+from tiedlora.sweeps.expand import DecidingOptions
 from tiedlora.sweeps.staged import run_deciding
 
 WORDS = (

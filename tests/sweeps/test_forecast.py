@@ -8,6 +8,7 @@ from statistics import mean
 import pytest
 import torch
 from helpers.hostile import put
+from helpers.sweeping import compose_sweep
 from helpers.tiny import TINY, model_option, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,7 +18,6 @@ from tiedlora.records.scores import read_scores
 from tiedlora.runs import run
 from tiedlora.sweeps import forecast
 from tiedlora.sweeps.cells import SweepCell
-from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.forecast import Speeds, cost, examples_here, split_rows
 
 ROWS = {"validation": 8}

@@ -8,6 +8,7 @@ from multiprocessing import active_children
 import psutil
 import pytest
 from helpers.commands import FreshCommand, wait_until
+from helpers.sweeping import compose_sweep
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
@@ -22,7 +23,6 @@ from tiedlora.records.scores import read_scores
 from tiedlora.runs import run
 from tiedlora.sweeps import launchers
 from tiedlora.sweeps.cells import Sweep, SweepCell
-from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.launchers import Slots, launcher_of
 
 

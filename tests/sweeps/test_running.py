@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import processes
 from helpers.commands import Command, wait_until
-from helpers.sweeping import times
+from helpers.sweeping import compose_sweep, times
 
 from tiedlora.adapter.attach import Adapted
 from tiedlora.errors import UserError
@@ -15,7 +15,6 @@ from tiedlora.places import PROJECT
 from tiedlora.runs import inputs, loading, run
 from tiedlora.sweeps import launching
 from tiedlora.sweeps.cells import Sweep, SweepCell
-from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.launching import work
 
 WITHOUT_TORCH = """

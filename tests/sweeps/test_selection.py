@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers.report_runs import make_config, make_record, scored_run, write_config, write_run
+from helpers.sweeping import compose_sweep
 
 from tiedlora import screen
 from tiedlora.errors import UserError
@@ -23,7 +24,6 @@ from tiedlora.records.selection import (
 )
 from tiedlora.sweeps import selection
 from tiedlora.sweeps.cells import Sweep, SweepCell
-from tiedlora.sweeps.expand import compose_sweep
 
 
 def test_select_chooses_on_validation_and_tests_the_chosen_alone(tiny_run, finish):

@@ -6,14 +6,14 @@ from dataclasses import asdict
 
 import pytest
 from helpers.commands import Command, FreshCommand, wait_until
-from helpers.sweeping import Here, cell_of, fail, search_options, times
+from helpers.sweeping import Here, cell_of, compose_sweep, fail, search_options, times
 from omegaconf import OmegaConf
 
 from tiedlora.errors import UserError
 from tiedlora.records.selection import read_selection
 from tiedlora.runs import run
 from tiedlora.sweeps import selection, staged
-from tiedlora.sweeps.expand import compose_sweep, read_options
+from tiedlora.sweeps.expand import read_options
 from tiedlora.sweeps.launching import run_sweep
 
 OPTIONS = search_options()

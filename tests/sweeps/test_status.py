@@ -15,7 +15,7 @@ import pytest
 from helpers import processes
 from helpers.commands import wait_until
 from helpers.hostile import snapshot
-from helpers.sweeping import fail, held, search_options
+from helpers.sweeping import compose_sweep, fail, held, search_options
 from rich.console import Console
 
 from tiedlora import screen
@@ -24,7 +24,6 @@ from tiedlora.places import PROJECT
 from tiedlora.records.run_folder import State
 from tiedlora.records.selection import read_selection
 from tiedlora.sweeps import staged, status
-from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.launching import run_sweep, work
 from tiedlora.sweeps.status import find_sweep, frame, news, views
 

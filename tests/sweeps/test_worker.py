@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 from helpers.commands import Command, wait_until
-from helpers.sweeping import Here, fail, held, search_options
+from helpers.sweeping import Here, compose_sweep, fail, held, search_options
 
 from tiedlora import storage
 from tiedlora.errors import UserError
@@ -17,7 +17,6 @@ from tiedlora.models import device
 from tiedlora.runs import add_scores, run
 from tiedlora.sweeps import launching, status
 from tiedlora.sweeps.cells import SweepCell, SweepControl
-from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.launching import run_cell, work
 from tiedlora.sweeps.staged import StagedSweep
 
