@@ -56,6 +56,10 @@ def test_the_search_marks_the_chosen_rate_and_shows_pruned_and_failed_runs(tmp_p
     assert Counter(markers(ax)) == {("D", True): 4, ("D", False): 1, ("x", False): 1, ("o", True): 1}
     (ring,) = [line for line in ax.lines if line.get_marker() == "o"]
     assert ring.get_xdata() == [group.lr] == [1e-2]
+    # The axis has room for the finished runs. The one with a loss of 9 stands at the top of it.
+    losses = [trial.loss for trial in group.trials if trial.ending == "finished"]
+    shown = {line.get_marker(): line.get_ydata()[0] for line in ax.lines if len(line.get_ydata()) == 1}
+    assert max(losses) < shown["x"] < ax.get_ylim()[1] < 2 * max(losses)
 
 
 def test_curves_have_a_line_for_each_configuration_and_a_band_over_seeds_and_one_rate_is_no_search(tmp_path):

@@ -366,17 +366,24 @@ def _search(model: str, groups: Sequence[RunGroup]) -> list[Panel]:
 
 
 def draw_search(ax: Axes, groups: Sequence[RunGroup]) -> None:
-    """The last validation loss of every run against its rate. A ring marks the chosen rate."""
-    losses = [trial.loss for group in groups for trial in group.trials if trial.loss is not None and trial.loss > 0]
-    # Runs without a loss stand at the top.
-    top, names = 1.15 * max(losses), []
+    """The last validation loss of every run against its rate. A ring marks the chosen rate.
+
+    The axis is as high as the finished runs need. Runs with a higher loss and those without one stand at its top: the
+    loss of a run that was stopped is that of an early step, and may be ten times as high.
+    """
+    trials = [trial for group in groups for trial in group.trials]
+    losses = [trial.loss for trial in trials if trial.loss is not None and trial.loss > 0]
+    finished = [trial.loss for trial in trials if trial.loss is not None and trial.ending == "finished"]
+    low, high = min(losses), max(finished or losses)
+    margin = 0.1 * (high - low) or 0.1 * high
+    top, names = high + margin, []
     for place, group in enumerate(groups):
         # A small shift separates the markers of configurations with equal rates.
         shift = 1.045 ** (place - (len(groups) - 1) / 2)
         colour, marker, dash = style(group.arm)
         by_rate: dict[float, dict[int, float]] = defaultdict(dict)
         for trial in group.trials:
-            loss = trial.loss if trial.loss is not None and trial.loss > 0 else top
+            loss = min(trial.loss, top) if trial.loss is not None and trial.loss > 0 else top
             shape = "x" if trial.ending == "failed" else marker
             _mark(ax, trial.lr * shift, loss, colour=colour, marker=shape, is_filled=trial.ending == "finished")
             if trial.ending == "finished":
@@ -390,8 +397,8 @@ def draw_search(ax: Axes, groups: Sequence[RunGroup]) -> None:
         if group.lr in means:
             ax.plot([group.lr * shift], [means[group.lr]], "o", color=INK, markersize=11, fillstyle="none", zorder=4)
             names.append((group.lr * shift, means[group.lr], group.short))
-    _log_axis(ax.xaxis, [trial.lr for group in groups for trial in group.trials if trial.lr > 0], _number)
-    _log_axis(ax.yaxis, losses, _number, widen=1.15)
+    _log_axis(ax.xaxis, [trial.lr for trial in trials if trial.lr > 0], _number)
+    ax.set_ylim(low - margin, top + margin)
     ax.set(xlabel="learning rate", ylabel="last validation loss")
     _names(ax, names)
 
