@@ -33,6 +33,7 @@ import torch
 from filelock import FileLock
 from helpers import processes
 from helpers.tiny import PLACES, composed
+from hydra._internal.hydra import Hydra
 
 from tiedlora.config.identity import config_tree, run_id
 from tiedlora.config.schema import Config
@@ -100,6 +101,9 @@ def script(monkeypatch, capsys):
 
     Returns (exit code, standard output, standard error).
     """
+
+    # Hydra composes everything once more to learn whether hydra.mode is set, and no test sets it.
+    monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: None)
 
     def start(path: str, *arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
