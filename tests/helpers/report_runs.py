@@ -136,9 +136,9 @@ def score_run(
     """
     folder, found = RunFolder(Path(root) / record.run_id), {}
     for kind in KINDS:
-        own, theirs = _of_kind(rows, kind), _of_kind(base or [], kind)
-        if not own[0].scores:
+        if all(kind_of(metric) != kind for metric in rows[0].scores):
             continue
+        own, theirs = _of_kind(rows, kind), _of_kind(base or [], kind)
         scored = found[kind] = _score_record(record, split, kind, own, theirs, task, source)
         found[kind] = write_scores(folder.scores_file(split, kind), scored, own)
         base_file = folder.base_scores_file(scored.base)

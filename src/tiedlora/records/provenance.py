@@ -134,6 +134,12 @@ def git(*arguments: str) -> str | None:
 
 def package_versions() -> dict[str, str]:
     """Package -> installed version, for Python and the packages of PACKAGES that are installed."""
+    return dict(_package_versions())
+
+
+@functools.cache
+def _package_versions() -> dict[str, str]:
+    # Each is a file that is parsed. A run asks for each of its scores, and what a process has imported does not change.
     versions = {"python": platform.python_version(), "tiedlora": tiedlora.__version__}
     for package in PACKAGES:
         try:
