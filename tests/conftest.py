@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import functools
 import gc
 import hashlib
+import io
 import json
 import os
 import runpy
@@ -30,10 +32,12 @@ from pathlib import Path
 import absl.logging
 import pytest
 import torch
+import yaml
 from filelock import FileLock
 from helpers import processes
 from helpers.tiny import PLACES, composed
 from hydra._internal.hydra import Hydra
+from omegaconf import OmegaConf
 
 from tiedlora.config.identity import config_tree, run_id
 from tiedlora.config.schema import Config
@@ -45,6 +49,24 @@ from tiedlora.training.signals import SIGNALS
 
 # No test cuts the power. To wait for the disk at each of a run's forty flushes would take longer than its training.
 os.fsync = lambda _descriptor: None
+
+# Hydra parses fifteen files for each composition, mostly those of the composition before.
+_load_yaml = OmegaConf.load
+_parsed = functools.cache(lambda text: OmegaConf.to_container(_load_yaml(io.StringIO(text))))
+
+
+def _load_once(file):
+    if isinstance(file, str | Path):
+        return _load_yaml(file)
+    try:
+        return OmegaConf.create(_parsed(file.read()))
+    except yaml.YAMLError:
+        # The message names the file.
+        file.seek(0)
+        return _load_yaml(file)
+
+
+OmegaConf.load = staticmethod(_load_once)
 
 # absl, which rouge-score imports, keeps the stream that standard error is at its import, and closes it when Hydra sets
 # up logging. Under pytest that would be the file that captures all output.
