@@ -32,7 +32,7 @@ from tiedlora.analysis.runs import read_runs
 from tiedlora.records.rows import ValidationLosses, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.study_files import runs_folder
-from tiedlora.sweeps.staged_search import RACE_LEVEL, Observation, Request, SearchPlan, SearchStage
+from tiedlora.sweeps.staged_search import RACE_LEVEL, RACE_WITHIN, Observation, Request, SearchPlan, SearchStage
 from tiedlora.text import aligned
 
 STUDIES = ("tied-lora-smollm2", "sharing-against-lora")
@@ -173,12 +173,13 @@ class Way:
     seeds: int
     level: float = RACE_LEVEL
     finer: bool = True
+    within: float = RACE_WITHIN
 
     def __str__(self) -> str:
         if self.seeds == 2:
             return "two seeds"
         finer = "" if self.finer else ", without a finer rate"
-        return f"race, {self.seeds} seeds, level {self.level:g}{finer}"
+        return f"race, {self.seeds} seeds, level {self.level:g}, within {self.within:g}{finer}"
 
 
 DEFAULT = Way(6)
@@ -187,6 +188,7 @@ WAYS = [
     Way(3, 0.3),
     *(Way(4, level) for level in (0.1, 0.3, 0.5)),
     *(Way(6, level) for level in (0.1, 0.2, 0.3, 0.5)),
+    *(Way(6, within=within) for within in (0.0, 0.01)),
     Way(6, finer=False),
 ]
 
@@ -211,7 +213,7 @@ class Outcome:
 
 def search(world: World, number: int, way: Way) -> Outcome:
     arm, stage_of = Arm(world, number), SearchStage if way.finer else WithoutFiner
-    plan = SearchPlan(GRID, LOOK, RUNGS, GRID[0], GRID[-1], 3, tuple(range(way.seeds)), way.level)
+    plan = SearchPlan(GRID, LOOK, RUNGS, GRID[0], GRID[-1], 3, tuple(range(way.seeds)), way.level, way.within)
     while (stage := stage_of(plan, functools.cache(arm))).requests:
         arm.run(stage.requests)
     assert stage.chosen is not None

@@ -24,7 +24,15 @@ def _composers(_data_root: str | None) -> expand.Composers:
 
 def search_options(**options) -> SearchOptions:
     return SearchOptions(
-        **{"rungs": [0.25, 0.5], "finalists": 2, "race_level": 0.3, "lowest_rate": 1e-5, "highest_rate": 1.0, **options}
+        **{
+            "rungs": [0.25, 0.5],
+            "finalists": 2,
+            "race_level": 0.3,
+            "race_within": 0.005,
+            "lowest_rate": 1e-5,
+            "highest_rate": 1.0,
+            **options,
+        }
     )
 
 

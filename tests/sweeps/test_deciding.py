@@ -35,7 +35,15 @@ claims:
 
 
 def decide(sweep, claims: str, launcher: Here, budget: int | None = None, **options) -> None:
-    rates = {"rungs": [0.5], "finalists": 2, "race_level": 0.3, "lowest_rate": 1e-3, "highest_rate": 0.1, **options}
+    rates = {
+        "rungs": [0.5],
+        "finalists": 2,
+        "race_level": 0.3,
+        "race_within": 0.005,
+        "lowest_rate": 1e-3,
+        "highest_rate": 0.1,
+        **options,
+    }
     run_deciding(sweep, DecidingOptions(claims=claims, budget=budget, **rates), launcher)
 
 

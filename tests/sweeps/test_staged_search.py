@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tiedlora.analysis.intervals import mean_loss, paired_difference
+from tiedlora.analysis.rate_choice import regret_bound
 from tiedlora.records.rows import ValidationLosses
 from tiedlora.sweeps.staged_search import Observation, SearchPlan, SearchStage, next_rate, rung_steps
 
@@ -187,7 +188,7 @@ def test_rungs_are_evaluations_before_the_last_step():
     assert rung_steps(100, 0, (0.25,)) == rung_steps(100, 20, ()) == rung_steps(8, 50, (0.25,)) == ()
 
 
-RACE = replace(PLAN, seeds=(10, 11), named_seeds=(0, 1, 2, 3, 4, 5), race_level=0.1)
+RACE = replace(PLAN, seeds=(10, 11), named_seeds=(0, 1, 2, 3, 4, 5), race_level=0.1, race_within=0.0)
 
 
 class Neighbours(Population):
@@ -253,6 +254,28 @@ def test_a_race_without_a_winner_tries_a_rate_between_and_says_that_it_is_a_tie(
     assert stage.chosen.lr not in stage.tied()
     assert [lr for action, lr in actions(stage) if action == "tied"] == [stage.chosen.lr] * len(stage.tied())
     assert {lr for lr, _ in population.scored} == {stage.chosen.lr}
+
+
+@pytest.mark.parametrize(("within", "raced", "before_finer"), [(0.0, 6, 6), (0.002, 3, 2), (0.02, 2, 2)])
+def test_a_race_ends_when_its_rates_are_level_within_what_the_plan_names(within, raced, before_finer):
+    """The rate between is not level with the two others at two seeds within 0.002, so all three go on."""
+    means = dict.fromkeys((3e-3, 5.5e-3, 1e-2), 1.0)
+    population = Neighbours(means, seed_noise=0.0005, row_noise=0.0001)
+    stage = finish(population, replace(RACE, rates=(1e-3, 3e-3, 1e-2, 3e-2), race_level=0.001, race_within=within))
+    assert {lr: len(seeds_of(population, lr)) for lr in means} == dict.fromkeys(means, raced)
+    assert len(stage.tied()) == 2
+    (finer,) = [made for made in stage.decisions if made.action == "finer"]
+    assert finer.reason == f"0.003 and 0.01 are left after {before_finer} seeds"
+    (choice,) = [trial for trial in stage.trials() if trial.lr == stage.chosen.lr]
+    losses = {lr: {seed: population.losses(lr, seed, STEPS) for seed in seeds_of(population, lr)} for lr in means}
+    assert raced == 6 or regret_bound(losses, choice.lr).nats <= within
+
+
+def test_a_race_goes_on_if_a_rate_may_still_be_better_by_more_than_that():
+    """Rows differ by 0.3: no seed makes the bound small, though all seeds agree."""
+    population = Neighbours(dict.fromkeys((3e-3, 5.5e-3, 1e-2), 1.0), seed_noise=0.0, row_noise=0.3)
+    finish(population, replace(RACE, rates=(3e-3, 1e-2), highest=1e-2, lowest=3e-3, race_within=0.005))
+    assert len(seeds_of(population, 3e-3)) == 6
 
 
 def test_a_rate_between_that_is_better_wins_the_race():

@@ -91,6 +91,8 @@ class RateSearch:
     """The seeds at which rates were compared, if the sweep names them."""
     race_level: StoredNumber | None = None
     """The level at which a rate left the race, if there was one."""
+    race_within: StoredNumber | None = None
+    """How level the rates had to be for the race to end, in nats. Races of an earlier version had no such end."""
 
 
 @dataclass(frozen=True)

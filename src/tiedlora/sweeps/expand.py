@@ -76,6 +76,8 @@ class SearchOptions(SweepOptions):
     the first two of the sweep's seeds."""
     race_level: Annotated[Number, Field(gt=0, lt=1)]
     """A rate leaves the race if it is worse than the best one at this two-sided level."""
+    race_within: Annotated[Number, Field(ge=0)]
+    """The race ends if no other rate is better than the best one by more than this, in nats."""
     lowest_rate: Annotated[Number, Field(gt=0)]
     """The bounds of rates outside the grid."""
     highest_rate: Number

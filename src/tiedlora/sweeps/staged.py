@@ -57,8 +57,16 @@ class Search:
         rungs = rung_steps(train.steps, train.validate_every, options.rungs)
         # A rate below the one at which the schedule ends is refused.
         bounds = max(options.lowest_rate, train.min_lr), options.highest_rate
-        race = tuple(options.search_seeds), options.race_level
-        self.plan = SearchPlan(rates, in_order, rungs, *bounds, options.finalists, *race)
+        self.plan = SearchPlan(
+            rates,
+            in_order,
+            rungs,
+            *bounds,
+            options.finalists,
+            tuple(options.search_seeds),
+            options.race_level,
+            options.race_within,
+        )
         self.stage: SearchStage
         """What `decide` has found."""
 
@@ -212,8 +220,10 @@ class StagedSweep:
                 choices.append(choice)
             plan, made = search.plan, search.stage.decisions
             bounds = plan.lowest, plan.highest
-            race = list(plan.named_seeds), plan.race_level if plan.named_seeds else None
-            searches.append(RateSearch(search.name, list(plan.seeds), list(plan.rungs), *bounds, made, *race))
+            found = RateSearch(search.name, list(plan.seeds), list(plan.rungs), *bounds, made, list(plan.named_seeds))
+            if plan.named_seeds:
+                found = replace(found, race_level=plan.race_level, race_within=plan.race_within)
+            searches.append(found)
         return Selection(self.sweep.id, "loss", choices, searches)
 
     def summary(self) -> list[RenderableType]:

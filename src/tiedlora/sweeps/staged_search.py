@@ -4,8 +4,8 @@
    stop. If the best rate is the lowest or highest one, the next rate outward joins, within bounds.
 2. *Finalists.* The two best rates run at the second seed, and a third one if it is not clearly behind.
 3. *Race*, if there are more than two seeds to search with. The finalists that are not worse than the best one, by the
-   interval over seeds and validation rows, run at the next seed, until one is left or the seeds are used. If two are
-   left, a rate between them joins.
+   interval over seeds and validation rows, run at the next seed, until one is left, they are shown to be level, or the
+   seeds are used. If two are left, a rate between them joins.
 4. *Repeat.* The chosen rate runs at the other seeds. If it diverges at one, the next best rate is chosen.
 5. *Test.* The runs of the chosen rate are scored.
 
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from statistics import mean
 
 from tiedlora.analysis.intervals import both_interval, mean_loss, paired_difference
-from tiedlora.analysis.rate_choice import ChosenRate, RateTrial, choose_rate, rate_contrast
+from tiedlora.analysis.rate_choice import ChosenRate, RateTrial, choose_rate, rate_contrast, regret_bound
 from tiedlora.records.interval import Interval
 from tiedlora.records.rows import ValidationLosses
 from tiedlora.records.selection import SearchDecision
@@ -35,8 +35,8 @@ has gained since its start. A rate above the best one catches up while the rates
 below it needs more steps. In recorded runs, rates that were behind by 6 and 10 % ended level with the best one."""
 LEAST_KEPT = 2
 """A rate among the two best never stops at a rung, and both run at the second seed."""
-RACE_LEVEL = 0.3
-"""That of conf/hydra/sweeper/, for simulations."""
+RACE_LEVEL, RACE_WITHIN = 0.3, 0.005
+"""Those of conf/hydra/sweeper/, for simulations."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,9 @@ class SearchPlan:
     """Those at which rates are compared, in the order of use; empty for the first two of `seeds`."""
     race_level: float = RACE_LEVEL
     """A rate leaves the race if the interval of its loss minus the best one's is above 0, at this two-sided level."""
+    race_within: float = RACE_WITHIN
+    """The race ends if no rate that is left is better than the best one by more than this, in nats, by the bound of the
+    regret."""
 
     @property
     def search_seeds(self) -> tuple[int, ...]:
@@ -267,12 +270,22 @@ class SearchStage:
                 self._behind.add(lr)
                 self._decide(lr, "behind", f"its loss minus that of {best:g} is {_in_words(found)}")
         racing = self._racing()
-        runs = {lr: sum((lr, seed) in self._used for seed in self.plan.search_seeds) for lr in racing}
+        runs = {lr: self._runs(lr) for lr in racing}
         fewest = min(runs.values(), default=0)
-        if len(racing) < 2 or fewest == len(self.plan.search_seeds):
+        if len(racing) < 2 or fewest == len(self.plan.search_seeds) or self._is_level(racing, best):
             return False
         self._finish([lr for lr in racing if runs[lr] == fewest], self.plan.search_seeds[fewest])
         return True
+
+    def _runs(self, lr: float) -> int:
+        """At how many seeds of the search a rate has run."""
+        return sum((lr, seed) in self._used for seed in self.plan.search_seeds)
+
+    def _is_level(self, racing: Iterable[float], best: float) -> bool:
+        """Whether it does not matter which of the rates is taken. Each must share two seeds with the best one."""
+        losses = {lr: self._all_last_losses(lr) for lr in racing}
+        bound = regret_bound(losses, best)
+        return bound is not None and bound.rates == len(losses) - 1 and bound.nats <= self.plan.race_within
 
     def _add_finer(self) -> bool:
         """If the race has not told the two best rates apart, try one between them. Whether there was one."""
@@ -285,7 +298,8 @@ class SearchStage:
         if any(low < tried < high for tried in self._tried) or not low < lr < high:
             return False
         self._tried.append(lr)
-        self._decide(lr, "finer", f"{low:g} and {high:g} are left after {len(self.plan.search_seeds)} seeds")
+        seeds = min(self._runs(low), self._runs(high))
+        self._decide(lr, "finer", f"{low:g} and {high:g} are left after {seeds} seeds")
         self._search([lr])
         return True
 
@@ -304,9 +318,11 @@ class SearchStage:
 
     def _versus(self, lr: float, best: float) -> Interval | None:
         """The loss of a rate minus the best one's, over seeds and rows; None if they cannot be compared."""
-        ours, theirs = ({seed: self._last_losses(rate, seed) for seed in self.plan.search_seeds} for rate in (lr, best))
-        table = rate_contrast(ours, theirs)
+        table = rate_contrast(self._all_last_losses(lr), self._all_last_losses(best))
         return None if table is None else both_interval(table, self.plan.race_level)
+
+    def _all_last_losses(self, lr: float) -> dict[int, ValidationLosses | None]:
+        return {seed: self._last_losses(lr, seed) for seed in self.plan.search_seeds}
 
     def _last_losses(self, lr: float, seed: int) -> ValidationLosses | None:
         """Those of a finished run that the search has asked for; None if its file of row losses is gone."""
