@@ -183,6 +183,7 @@ def test_a_rate_that_diverges_is_a_result_and_its_run_is_not_repeated(tiny_run, 
         ({"search_seeds": [0, 1, 0]}, r"hydra\.sweeper\.search_seeds=\[0, 1, 0\]: names 0 twice"),
         ({"search_seeds": [0, -1]}, r"hydra\.sweeper\.search_seeds\.1=-1: must be greater than or equal to 0"),
         ({"race_level": 30}, r"hydra\.sweeper\.race_level=30: must be less than 1"),
+        ({"race_within": -1}, r"hydra\.sweeper\.race_within=-1: must be greater than or equal to 0"),
         ({"finalists": 1}, r"hydra\.sweeper\.finalists=1: must be greater than or equal to 2"),
         ({"lowest_rate": 2.0}, r"hydra\.sweeper: highest_rate=1\.0 is below lowest_rate=2\.0"),
         ({"budget": 0}, r"hydra\.sweeper\.budget=0: must be greater than or equal to 1"),
@@ -215,7 +216,8 @@ def test_a_race_uses_seeds_of_its_own_and_says_that_it_is_a_tie(tiny_run, tmp_pa
     staged.run_staged(sweep, options, launcher)
     selected = read_selection(sweep.path / "selection.json")
     ((choice,), (search,)) = selected.choices, selected.searches
-    assert (search.search_seeds, search.race_level, search.seeds, choice.seeds) == ([2, 0, 1], 0.3, [7, 8], 2)
+    assert (search.search_seeds, search.race_level, search.race_within) == ([2, 0, 1], 0.3, 0.005)
+    assert (search.seeds, choice.seeds) == ([7, 8], 2)
     assert {cell.config.seed for cell in launcher.cells} == {0, 1, 2, 7, 8}
     scored = {cell.config.seed for cell in launcher.cells if cell.folder.scores_file("validation", "answers").exists()}
     assert scored == {7, 8}, "the seeds of the race are not scored"

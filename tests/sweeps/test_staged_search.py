@@ -292,8 +292,9 @@ def test_rows_that_disagree_keep_a_race_open_though_all_seeds_agree():
     assert stage.tied()
 
 
-def test_a_race_that_was_stopped_at_any_moment_chooses_the_same():
-    rates = replace(RACE, rates=(1e-3, 3e-3, 1e-2, 3e-2))
+@pytest.mark.parametrize("within", [0.0, 0.03])
+def test_a_race_that_was_stopped_at_any_moment_chooses_the_same(within):
+    rates = replace(RACE, rates=(1e-3, 3e-3, 1e-2, 3e-2), race_within=within)
     means = {3e-3: 1.01, 5.5e-3: 1.0, 1e-2: 1.0}
     expected = finish(Neighbours(means), rates)
     assert [action for action, _ in actions(expected)].count("finer") == 1
