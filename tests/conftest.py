@@ -124,7 +124,8 @@ def script(monkeypatch, capsys):
     Returns (exit code, standard output, standard error).
     """
 
-    # Hydra composes everything once more to learn whether hydra.mode is set, and no test sets it.
+    # Hydra composes everything once more to learn whether hydra.mode is set, as it is in a grid. Tests of this fixture
+    # name grids with --multirun, and config/test_config.py has the mode of each grid.
     monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: None)
 
     def start(path: str, *arguments: object) -> tuple[int, str, str]:

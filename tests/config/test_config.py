@@ -266,3 +266,10 @@ def test_more_scores_of_a_run_come_from_the_rows_that_it_had(tmp_path, monkeypat
     assert configuration.rows_are_in(config, None) == str(tmp_path)
     config.data_root = "folder of another machine"
     assert [configuration.rows_are_in(config, where) for where in (None, "given")] == ["others", "given"]
+
+
+def test_a_grid_is_a_sweep_also_without_the_flag():
+    grids = sorted((PROJECT / "sweeps" / "grid").glob("*.yaml"))
+    assert len(grids) > 5
+    for path in grids:
+        assert OmegaConf.load(path).hydra.mode == "MULTIRUN", path.name

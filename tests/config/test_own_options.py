@@ -28,6 +28,17 @@ def test_they_are_options_of_runs_and_sweeps_and_of_messages(own):
         compose_config(["tying=mnie"])
 
 
+def test_one_that_changes_another_section_does_so_in_a_sweep_too(own):
+    (own / "tying" / "mine").mkdir()
+    (own / "tying" / "mine" / "fast.yaml").write_text("# @package _global_\ntrain: {steps: 7}\n")
+    (own / "score").mkdir()
+    (own / "score" / "short.yaml").write_text("# @package _global_\ntrain: {steps: 9}\n")
+    for word, steps in (("+tying/mine=fast", 7), ("+score=short", 9)):
+        assert compose_config(["model=tiny_llama", word]).train.steps == steps
+        sweep = compose_sweep(["model=tiny_llama", word, "seed=0,1"])
+        assert [cell.config.train.steps for cell in sweep.cells] == [steps, steps]
+
+
 def test_one_with_the_name_of_another_is_refused_because_it_would_not_be_taken(own):
     text = (CONF / "tying" / "TAuv.yaml").read_text()
     (own / "tying" / "TAuv.yaml").write_text(text)

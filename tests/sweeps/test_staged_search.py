@@ -271,6 +271,16 @@ def test_a_race_ends_when_its_rates_are_level_within_what_the_plan_names(within,
     assert raced == 6 or regret_bound(losses, choice.lr).nats <= within
 
 
+def test_a_race_within_nothing_goes_on_though_the_best_rate_is_shown_to_be_better():
+    """At 95 %, and the plan lets a rate leave at 99 % alone."""
+    population = Neighbours({3e-3: 1.016, 5.5e-3: 1.03, 1e-2: 1.0}, seed_noise=0.006)
+    plan = replace(RACE, rates=(1e-3, 3e-3, 1e-2, 3e-2), race_level=1e-4, race_within=0.0)
+    stage = finish(population, plan)
+    losses = {lr: {seed: population.losses(lr, seed, STEPS) for seed in range(3)} for lr in (3e-3, 1e-2)}
+    assert (stage.chosen.lr, regret_bound(losses, 1e-2).nats) == (1e-2, 0.0)
+    assert len(seeds_of(population, 3e-3)) == 6
+
+
 def test_a_race_goes_on_if_a_rate_may_still_be_better_by_more_than_that():
     """Rows differ by 0.3: no seed makes the bound small, though all seeds agree."""
     population = Neighbours(dict.fromkeys((3e-3, 5.5e-3, 1e-2), 1.0), seed_noise=0.0, row_noise=0.3)

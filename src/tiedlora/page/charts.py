@@ -41,6 +41,8 @@ MOST_LINES = 8
 """The most configurations of a chart with lines. More could not be told apart; their numbers are in the tables."""
 LONGEST = 32
 """The most characters of a name at the left of an axis."""
+WIDE = 3
+"""Losses that are further apart than this factor have a logarithmic axis."""
 WITH_NAMES = (0.62, 1.1, 0.5, 0.12)
 """The margins of a panel with names at the right ends of lines."""
 
@@ -350,7 +352,7 @@ def draw_lines(ax: Axes, curves: Sequence[Curve], y: str, in_nats: bool) -> None
         width = 1.4 if len(ranks) == 1 else 1.0 + 1.2 * ranks.index(group.rank) / (len(ranks) - 1)
         ax.plot(steps, values.mean(0), color=colour, marker=marker, markevery=[-1], linestyle=dash, linewidth=width)
     low, high = (float(end([end(curve.values) for curve in curves])) for end in (np.min, np.max))
-    if in_nats and low > 0 and high > 3 * low:
+    if in_nats and low > 0 and high > WIDE * low:
         _log_axis(ax.yaxis, [low, high], _number, widen=1.1)
     ax.set(xlabel="step", ylabel=visible(y))
     _names_at_ends(ax, curves)
@@ -368,15 +370,16 @@ def _search(model: str, groups: Sequence[RunGroup]) -> list[Panel]:
 def draw_search(ax: Axes, groups: Sequence[RunGroup]) -> None:
     """The last validation loss of every run against its rate. A ring marks the chosen rate.
 
-    The axis is as high as the finished runs need. Runs with a higher loss and those without one stand at its top: the
-    loss of a run that was stopped is that of an early step, and may be ten times as high.
+    The axis is as high as the finished runs need, and logarithmic if they are far apart. Runs with a higher loss and
+    those without one stand at its top: the loss of a run that was stopped is that of an early step, which may be ten
+    times as high.
     """
     trials = [trial for group in groups for trial in group.trials]
     losses = [trial.loss for trial in trials if trial.loss is not None and trial.loss > 0]
     finished = [trial.loss for trial in trials if trial.loss is not None and trial.ending == "finished"]
     low, high = min(losses), max(finished or losses)
-    margin = 0.1 * (high - low) or 0.1 * high
-    top, names = high + margin, []
+    is_wide, margin = high > WIDE * low, 0.1 * (high - low) or 0.1 * high
+    top, names = 1.15 * high if is_wide else high + margin, []
     for place, group in enumerate(groups):
         # A small shift separates the markers of configurations with equal rates.
         shift = 1.045 ** (place - (len(groups) - 1) / 2)
@@ -398,7 +401,10 @@ def draw_search(ax: Axes, groups: Sequence[RunGroup]) -> None:
             ax.plot([group.lr * shift], [means[group.lr]], "o", color=INK, markersize=11, fillstyle="none", zorder=4)
             names.append((group.lr * shift, means[group.lr], group.short))
     _log_axis(ax.xaxis, [trial.lr for trial in trials if trial.lr > 0], _number)
-    ax.set_ylim(low - margin, top + margin)
+    if is_wide:
+        _log_axis(ax.yaxis, [low, top], _number, widen=1.15)
+    else:
+        ax.set_ylim(low - margin, top + margin)
     ax.set(xlabel="learning rate", ylabel="last validation loss")
     _names(ax, names)
 

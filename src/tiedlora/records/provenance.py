@@ -132,18 +132,16 @@ def git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+_version = functools.cache(importlib.metadata.version)
+"""A file is parsed for it, and a run asks for each of its scores. A package that is not there is looked for again."""
+
+
 def package_versions() -> dict[str, str]:
     """Package -> installed version, for Python and the packages of PACKAGES that are installed."""
-    return dict(_package_versions())
-
-
-@functools.cache
-def _package_versions() -> dict[str, str]:
-    # Each is a file that is parsed. A run asks for each of its scores, and what a process has imported does not change.
     versions = {"python": platform.python_version(), "tiedlora": tiedlora.__version__}
     for package in PACKAGES:
         try:
-            versions[package] = importlib.metadata.version(package)
+            versions[package] = _version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions

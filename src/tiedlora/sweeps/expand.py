@@ -77,7 +77,7 @@ class SearchOptions(SweepOptions):
     race_level: Annotated[Number, Field(gt=0, lt=1)]
     """A rate leaves the race if it is worse than the best one at this two-sided level."""
     race_within: Annotated[Number, Field(ge=0)]
-    """The race ends if no other rate is better than the best one by more than this, in nats."""
+    """The race ends if no rate that is left can be better than the best one so far by as much as this, in nats."""
     lowest_rate: Annotated[Number, Field(gt=0)]
     """The bounds of rates outside the grid."""
     highest_rate: Number
@@ -196,10 +196,11 @@ class CellComposer:
             # The composition of the whole cell succeeds, or it reports the error with its right words.
             return None
 
-    def _chooses_an_option(self, override: str) -> bool:
-        """Whether the override is of a group. One that gives a key its value changes no list of files."""
+    @staticmethod
+    def _chooses_an_option(override: str) -> bool:
+        """Whether the override may be of a group: options have names. A number changes no list of files."""
         (parsed,) = OverridesParser.create().parse_overrides([override])
-        return any(source.is_group(parsed.key_or_group) for source in self.loader.get_sources())
+        return parsed.is_delete() or isinstance(parsed.value(), str | list)
 
     def _find_files(self, options: tuple[str, ...]) -> list[tuple[str, list[str]]]:
         """The files that Hydra merges, in their order, each with its package, whose first word is a section."""

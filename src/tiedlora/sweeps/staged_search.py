@@ -59,8 +59,8 @@ class SearchPlan:
     race_level: float = RACE_LEVEL
     """A rate leaves the race if the interval of its loss minus the best one's is above 0, at this two-sided level."""
     race_within: float = RACE_WITHIN
-    """The race ends if no rate that is left is better than the best one by more than this, in nats, by the bound of the
-    regret."""
+    """The race ends if none of the rates that are left can be better by as much as this, in nats, than the one that is
+    best so far: by the bound of the regret over these rates."""
 
     @property
     def search_seeds(self) -> tuple[int, ...]:
@@ -285,7 +285,7 @@ class SearchStage:
         """Whether it does not matter which of the rates is taken. Each must share two seeds with the best one."""
         losses = {lr: self._all_last_losses(lr) for lr in racing}
         bound = regret_bound(losses, best)
-        return bound is not None and bound.rates == len(losses) - 1 and bound.nats <= self.plan.race_within
+        return bound is not None and bound.rates == len(losses) - 1 and bound.nats < self.plan.race_within
 
     def _add_finer(self) -> bool:
         """If the race has not told the two best rates apart, try one between them. Whether there was one."""

@@ -244,9 +244,10 @@ def _export_run(run: RunFolder, runs: Path, with_adapter: Container[str]) -> boo
     exported = RunFolder(runs / run.path.name)
     if run.result_file.is_file():
         return _export_finished(run, exported, with_adapter)
-    # One that only paused may go on. Without losses, there is nothing to show.
-    is_ended = run.state() == State.PRUNED or (run.state() == State.FAILED and run.diverged())
-    if not is_ended or not run.validation_losses_file.is_file():
+    if not run.validation_losses_file.is_file() or not run.config_file.is_file() or run.state() == State.RUNNING:
+        return False
+    if not run.pruned_file.exists() and not run.diverged():
+        # It has only paused, and may go on.
         return False
     # A finished record stays while its run is trained again, because its adapter was not kept. Files of a stopped run
     # stay as they were written if it has gone no further.
