@@ -35,7 +35,7 @@ def test_one_that_changes_another_section_does_so_in_a_sweep_too(own):
     (own / "score" / "short.yaml").write_text("# @package _global_\ntrain: {steps: 9}\n")
     for word, steps in (("+tying/mine=fast", 7), ("+score=short", 9)):
         assert compose_config(["model=tiny_llama", word]).train.steps == steps
-        sweep = compose_sweep(["model=tiny_llama", word, "seed=0,1"])
+        sweep = compose_sweep(["model=tiny_llama", word, "seed=0,1"], {})
         assert [cell.config.train.steps for cell in sweep.cells] == [steps, steps]
 
 

@@ -231,6 +231,12 @@ def test_a_grid_costs_one_composition_for_each_value_of_each_axis(monkeypatch):
     assert len(loaded) == 2 + 3 + 2 + 4 + 1
 
 
+def test_a_sweep_of_few_cells_costs_one_composition_for_each(tiny_run, monkeypatch):
+    loaded, load = [], CellComposer._load
+    monkeypatch.setattr(CellComposer, "_load", lambda self, words: loaded.append(words) or load(self, words))
+    assert len(compose_sweep(tiny_run("seed=0,1")).cells) == len(loaded) == 2
+
+
 def test_an_option_that_changes_other_sections_is_composed_as_a_whole(tmp_path):
     for path, text in {
         "tying/everywhere.yaml": "# @package _global_\ntying: {name: everywhere}\ntrain: {validate_every: 7}\n",

@@ -139,12 +139,17 @@ class CellComposer:
         self._section_config = cache(self._compose_section)
         self._files_of = cache(self._find_files)
 
-    def compose(self, overrides: list[str]) -> Config:
+    def compose(self, overrides: list[str], as_a_whole: bool = False) -> Config:
         """The configuration that Hydra composes from these overrides, completed and checked.
+
+        Args:
+            as_a_whole: whether no section is kept for other cells.
 
         Raises:
             UserError: one line that names the key.
         """
+        if as_a_whole:
+            return compose.load(self._load(overrides))
         named = [(self._section_of(override), override) for override in overrides]
         values = {}
         for section in SECTIONS:
@@ -255,6 +260,7 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], compo
     Raises:
         UserError: naming the cell and the key.
     """
+    is_alone = composers is None
     composers = {} if composers is None else composers
     composer = composers.setdefault(tuple(master.hydra.overrides.hydra), CellComposer(master, loader))
     options = read_options(master)
@@ -268,10 +274,12 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], compo
     axes = of_grids | own
     if (count := math.prod(map(len, axes.values()))) > MOST_CELLS:
         raise UserError(f"the grid has {count:,} cells, at most {MOST_CELLS:,} are allowed; shorten an axis")
+    # Hydra composes each section once for each of its words, which takes longer than a few whole cells.
+    is_small = is_alone and count <= len({word for values in axes.values() for words in values for word in words})
     cells: dict[str, SweepCell] = {}
     for choice in itertools.product(*axes.values()):
         words = [word for chosen in choice for word in chosen]
-        cell = _cell(composer, words)
+        cell = _cell(composer, words, is_small)
         first = cells.setdefault(cell.run_id, cell)
         if first.config != cell.config:
             values, same = (leaves(config_tree(_unlabelled(each.config))) for each in (first, cell))
@@ -288,7 +296,8 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], compo
         others = [word for word in words if not _OF_AN_ARM.match(word)]
         for arm in arms:
             keys = [word.partition("=")[0] for word in arm]
-            beside = _cell(composer, [*(word for word in others if word.partition("=")[0] not in keys), *arm])
+            own_words = [word for word in others if word.partition("=")[0] not in keys]
+            beside = _cell(composer, [*own_words, *arm], is_small)
             cells.setdefault(beside.run_id, beside)
     grids = [word.removeprefix("+grid=") for word in overrides if word.startswith("+grid=")]
     names = re.findall(r"[\w.-]+", " ".join(grids))
@@ -346,9 +355,9 @@ def _values(override: Override) -> list[str]:
     return values
 
 
-def _cell(composer: CellComposer, overrides: list[str]) -> SweepCell:
+def _cell(composer: CellComposer, overrides: list[str], as_a_whole: bool) -> SweepCell:
     try:
-        config = composer.compose(overrides)
+        config = composer.compose(overrides, as_a_whole)
         cell = SweepCell(tuple(overrides), config)
         if not cell.folder.result_file.exists():
             check_new_run(config)
