@@ -1,4 +1,4 @@
-# make run       set up, then train and score the default run (minutes)
+# make run       set up, then train and score the default run (minutes); WORDS='seed=1 tracking=none' goes to train.py
 # make test      set up, then the tests without the slow ones (minutes)
 # make test-all  set up, then all tests
 # make lowest    the same tests with the lowest versions of all packages that pyproject.toml allows, in .venv-lowest
@@ -43,7 +43,7 @@ $(VENV)/developer: $(VENV)/installed
 install: $(VENV)/installed
 
 run: $(VENV)/installed
-	$(BIN)/python train.py
+	$(BIN)/python train.py $(WORDS)
 
 gemma: $(VENV)/installed
 	@echo "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"

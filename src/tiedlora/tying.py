@@ -39,8 +39,6 @@ RENAMED = {"TABuv_v0": "TABuv_v0 is TABuv now, and the start with B = 0 and v = 
 """An earlier name -> what a person who writes it must know."""
 LORA_ON_LAYERS = re.compile(r"LoRA_l([1-9]\d{0,2})", re.ASCII)
 """The name of LoRA on so many evenly spaced layers. At rank 1 it is LoRA's curve below rank 1 (docs/statistics.md)."""
-LR_ON_LAYERS = 3e-2
-"""Its suggested rate, at rank 1: the best of five on 15, 8 and 4 of 30 layers on gsm8k (second study)."""
 MOST_LAYERS = 10_000
 """Upper bound of a model's layers."""
 Rate = Annotated[Number, Field(ge=0, le=1_000_000)]
@@ -431,7 +429,7 @@ def named(name: str) -> Tying:
 @functools.cache
 def _named(name: str) -> Tying:
     if (count := lora_layers(name)) is not None:
-        return replace(_named("LoRA"), name=name, layers=[f"evenly {count}"], suggested_lr=LR_ON_LAYERS)
+        return replace(_named("LoRA"), name=name, layers=[f"evenly {count}"])
     if name not in (known := (*NAMES, *OTHER_NAMES)):
         if name in RENAMED:
             raise UserError(f"tying={name}: {RENAMED[name]}")

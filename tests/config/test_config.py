@@ -51,7 +51,7 @@ MISTAKES = {  # one for each rule: overrides, and how the message begins
     "a control character": (['task.prompt="a\x1b[2J{question}"'], "task.prompt=a␛[2J{question}: holds a control"),
     "no terms": (["tying=RaSA", "tying.terms={}"], "tying.terms={}: an empty mapping is merged into the present one"),
     # Rules of items, and of several keys
-    "a split that is none": (["+task.hub.splits.evil=a"], "task.hub.splits.evil=evil: choose one of train, validation"),
+    "a split that is none": (["task.hub.splits.evil=a"], "task.hub.splits.evil=evil: choose one of train, validation"),
     "a split that is trained on": (["score.splits=[train]"], "score.splits.0=train: choose one of validation, test. "),
     "a split twice": (["score.splits=[test,test]"], "score.splits=['test', 'test']: names test twice; name each once"),
     "a metric twice": (["score.metrics=[accuracy,accuracy]"], "score.metrics=['accuracy', 'accuracy']: names accuracy"),

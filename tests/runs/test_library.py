@@ -1,5 +1,6 @@
 """Loading runs and adapters, several adapters on one base, training that starts from an adapter, generate.py."""
 
+import copy
 import io
 import shutil
 from dataclasses import asdict, replace
@@ -12,7 +13,9 @@ from safetensors.torch import load_file
 import tiedlora
 from tiedlora import UserError, tying
 from tiedlora.adapter import attach
+from tiedlora.commands import generate
 from tiedlora.config.identity import run_id
+from tiedlora.data.encoding import Encoder
 from tiedlora.places import CONF
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
@@ -133,6 +136,23 @@ class TestRuns:
         assert code == 0
         assert "Question: 1 + 1\nAnswer:" in out
         assert out.count("| adapted") == 2
+
+    def test_generate_fills_the_template_of_own_rows(self, tiny_config, finish, script, tmp_path):
+        rows = tmp_path / "rows.csv"
+        rows.write_text("Customer text,topic\n" + "".join(f"{number},{number % 3}\n" for number in range(60)))
+        words = (f"task.files={rows}", 'task.prompt="{Customer text}? {{a}} {Customer text}"', 'task.target=" {topic}"')
+        config = tiny_config(*words, "task.metrics=[exact_match]", task="rows")
+        code, out, err = script("scripts/generate.py", tmp_path / "outputs" / finish(config).run_id, "--prompt", "7")
+        assert code == 0, err
+        assert out.startswith("7? {a} 7\n")
+
+    def test_generate_asks_a_run_of_chat_messages_with_one_turn(self, finished, tiny_config):
+        config = tiny_config("tying=TAB")
+        config.task = replace(config.task, chat_template=True, messages="m")
+        tokenizer = copy.deepcopy(tiny("tiny_llama").tokenizer)
+        tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        encoder = Encoder(tokenizer, config.task, context=512)
+        assert len(generate.answers(tiedlora.load(finished), encoder, config, "Two?", 2)) == 2
 
     @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
     def test_typed_bytes_that_are_no_text_are_one_line(self, finished, script, monkeypatch, errors):

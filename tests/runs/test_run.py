@@ -6,6 +6,7 @@ import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,12 @@ from helpers import processes
 from helpers.task_rows import write
 from helpers.tiny import folder_of, rows_of, score_more, tiny
 
+from tiedlora.analysis.intervals import mean_loss
 from tiedlora.commands.train import next_steps
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
+from tiedlora.config.schema import TrainConfig
+from tiedlora.data.batching import BatchSampler
 from tiedlora.errors import UserError
 from tiedlora.places import PROJECT
 from tiedlora.records.rows import read_metrics, read_validation_losses
@@ -142,6 +146,30 @@ def test_best_checkpoint_can_be_scored(tiny_config):
     }
     best = min(losses, key=lambda step: (losses[step], step))
     assert result.training.scored_step == best
+
+
+def test_only_the_best_adapters_that_a_checkpoint_may_come_back_to_are_kept(tiny_config):
+    words = ("score.checkpoint=best", "train.validate_every=1", "train.checkpoint_every=1", "train.steps=8")
+    config = tiny_config(*words, "train.lr=1e-3")
+    run.main(replace(config, train=replace(config.train, pause_after=6)))
+    folder = folder_of(config)
+    losses = list(map(mean_loss, read_validation_losses(folder.validation_losses_file)))
+    best = [min(range(step + 1), key=losses.__getitem__) for step in range(7)]
+    kept = {best[int(path.name[-8:])] for path in folder.checkpoints.glob("step-*")}
+    assert {int(path.name[-8:]) for path in folder.checkpoints.glob("best-*")} == kept
+    assert len(kept) < len(set(best))
+    run.main(config)
+
+
+def test_an_error_of_a_step_names_some_of_many_rows():
+    """All of them would hide that the run has diverged: only the end of a long error is read."""
+    examples = [SimpleNamespace(id=f"r{number}") for number in range(3000)]
+    sampler = BatchSampler([1] * len(examples), TrainConfig(batch_size=2500), seed=0)
+    own = SimpleNamespace(loaded=SimpleNamespace(train_examples=examples), sampler=sampler)
+    said = trainer.Training._describe_rows(own, 1)
+    assert said.startswith("training rows ['r")
+    assert said.endswith("'] and 2484 more")
+    assert len(said) < 300
 
 
 def test_with_another_context_other_rows_fit(tiny_config):

@@ -1,5 +1,6 @@
 """Memory runs out while scoring: the batches are halved, for the adapted model and the base model alike."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,9 @@ def test_a_split_is_scored_in_halved_batches_with_its_base(tiny_config, tmp_path
     threes = tiny_config(f"outputs={tmp_path}/threes", "score.batch_size=3", "train.steps=2")
     run.main(threes)
     config, second = (tiny_config("score.batch_size=12", "train.steps=2", f"seed={seed}") for seed in (0, 1))
-    sizes = little_memory(monkeypatch, rows=4)
+    sizes, threads = little_memory(monkeypatch, rows=4), threading.active_count()
     run.main(config)
+    assert threading.active_count() == threads, "the clock of a progress bar goes on"
     assert halvings(folder_of(config)) == 2
     assert "score.batch_size=12 is halved to 6" in caplog.text
     assert "score.batch_size=6 is halved to 3" in caplog.text

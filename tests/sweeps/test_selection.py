@@ -45,6 +45,11 @@ def test_select_chooses_on_validation_and_tests_the_chosen_alone(tiny_run, finis
     assert tested == {run_id for choice in chosen.choices for run_id in choice.run_ids}
     assert len(tested) == 4
     assert "at the edge of the grid" in screen.text(*selection.table(scored.choices))
+    # A stop may have left some of a run's kinds of scores.
+    lost = RunFolder(sweep.cells[0].folder.path.parent / scored.choices[0].run_ids[0]).scores_file("test", "losses")
+    lost.unlink()
+    assert selection.score_test(sweep, chosen) == scored
+    assert lost.exists()
     for choice in scored.choices:
         tested = [read_run_scores(cell.folder).metrics("test") for cell in sweep.cells if cell.run_id in choice.run_ids]
         assert choice.test == sum(metrics["exact_match_strict"].value for metrics in tested) / 2

@@ -166,6 +166,14 @@ def test_the_records_are_every_run_and_the_adapter_of_one_seed(folder, outputs, 
     assert [(kept / name / "adapter").exists() for name in ids] == [True, True]
 
 
+def test_the_adapter_of_another_seed_is_kept_where_the_first_one_is_not_here(folder, outputs, tmp_path):
+    place, ids = outputs
+    shutil.copytree(place, tmp_path / "here")
+    shutil.rmtree(tmp_path / "here" / ids[0] / "adapter")
+    study.export_study(folder, tmp_path / "here")
+    assert [(folder / "runs" / name / "adapter").exists() for name in ids] == [False, True]
+
+
 def test_choices_that_were_scored_since_replace_the_kept_ones_and_fewer_do_not(folder, outputs, tmp_path):
     place, _ = outputs
     study.export_study(folder, place)

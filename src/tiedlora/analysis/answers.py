@@ -137,11 +137,6 @@ class Findings:
         return self.difference.count if self.difference is not None else 0
 
     @property
-    def has_more_seeds(self) -> bool:
-        """Whether `difference` has other seeds than the look that the verdict rests on."""
-        return self.look is not None and self.seeds != self.difference_seeds
-
-    @property
     def contradicted_level(self) -> float:
         """The level of the whole plan at which the claim is contradicted, for Holm's procedure over tasks."""
         return min((look.contradicted_level for look in self.looks), default=1.0)

@@ -7,7 +7,7 @@ chat template stays.
 
 from __future__ import annotations
 
-import re
+import json
 import shutil
 import sys
 import textwrap
@@ -21,6 +21,8 @@ from tiedlora.config.identity import adapter_folder
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.places import folder_of
+from tiedlora.tasks.base import fields_of, render
+from tiedlora.tasks.rows import DataRow
 from tiedlora.text import visible, visible_lines
 from tiedlora.tracking.progress import running_clock
 
@@ -65,10 +67,10 @@ def main(words: list[str]) -> None:
     arm = library.load(arguments.run, base)
     encoder = Encoder(base.tokenizer, config.task, config.model.context, base.more_ends)
     max_new_tokens = arguments.max_new_tokens or config.task.max_new_tokens
-    fields = re.findall(r"\{(\w+)\}", config.task.prompt)
-    field = fields[0] if len(fields) == 1 and not arguments.raw else None
+    fields = [] if arguments.raw else fields_of(config.task.prompt)
+    field = fields[0] if len(fields) == 1 else None
     for text in arguments.prompt or typed_prompts(field or "prompt"):
-        prompt = text if field is None else config.task.prompt.replace(f"{{{field}}}", text)
+        prompt = text if field is None else render(config.task.prompt, DataRow("--prompt", {field: text}))
         with products.on_any_cpu(resolve_device(arguments.device), config.train.dtype):
             base_answer, adapted_answer = answers(arm, encoder, config, prompt, max_new_tokens)
         print(visible_lines(prompt), side_by_side(base_answer, adapted_answer), "", sep="\n")
@@ -82,6 +84,8 @@ def answers(arm: Arm, encoder: Encoder, config: Config, prompt: str, max_new_tok
     """
     from tiedlora.scoring.decoding import AnswerEnds, decode  # as in main
 
+    if config.task.messages is not None:
+        prompt = json.dumps([{"role": "user", "content": prompt}])
     ids, context = encoder.prompt(prompt), config.model.context
     if not ids or len(ids) + max_new_tokens > context:
         raise UserError(

@@ -46,7 +46,7 @@ from tiedlora.keys import from_person
 from tiedlora.other_methods import REGISTERED, TyingConfig, resolve
 from tiedlora.places import CONF, DATA, default_folder, folder_of, own_options
 from tiedlora.text import nearest
-from tiedlora.tying import LR_ON_LAYERS, Architecture, Term, adapted_layers, is_named
+from tiedlora.tying import Architecture, Term, adapted_layers, is_named
 
 # OmegaConf 2.4 has another name for register_new_resolver. 2.3 has an older function of that name.
 _IS_NEW = tuple(map(int, omegaconf.__version__.split(".")[:2])) >= (2, 4)
@@ -80,6 +80,7 @@ def register() -> None:
     for name in ("arguments", "lr_factors"):
         schema.tying[name] = {}
         OmegaConf.set_struct(schema.tying[name], False)
+    OmegaConf.set_struct(schema.task.hub.splits, False)
     # The program fills it in: nobody may set it.
     schema.tying.resolved = StringNode(None, flags={"readonly": True})
     store = ConfigStore.instance()
@@ -89,8 +90,8 @@ def register() -> None:
         store.store(group=group, name=name, node=node)
     for count in range(1, MOST_LAYERS_IN_NAME + 1):
         name = f"LoRA_l{count}"
-        own = {"name": name, "layers": [f"evenly {count}"], "suggested_lr": LR_ON_LAYERS}
-        store.store(group="tying", name=name, node={"defaults": ["LoRA", "_self_"], **own})
+        node = {"defaults": ["LoRA", "_self_"], "name": name, "layers": [f"evenly {count}"]}
+        store.store(group="tying", name=name, node=node)
     _register_resolver("default_folder", lambda kind: str(default_folder(kind)), replace=True)
     _register_resolver("option_folders", option_folders, replace=True)
 
@@ -174,15 +175,15 @@ def complete(config: Config) -> Config:
         config = at_budget(config)
         check(config)
     rank = config.rank
-    if config.train.lr is None:
-        # The budget may have chosen the rank.
-        config = replace(config, train=replace(config.train, lr=suggested_lr(config.tying, rank.r)))
     if rank.alpha is None:
         config.rank = replace(rank, alpha=float(rank.r))
     config.tying = _with_numbers(config.tying, config.model.architecture)
     if config.tying.terms is not None:
         terms = {name: _with_numbers(term, config.model.architecture) for name, term in config.tying.terms.items()}
         config.tying = replace(config.tying, terms=terms)
+    if config.train.lr is None:
+        # The budget may have chosen the rank and the layers.
+        config = replace(config, train=replace(config.train, lr=suggested_lr(config.tying, rank.r)))
     return config
 
 
@@ -450,7 +451,7 @@ def _source(task: TaskConfig) -> list[str]:
         hub, default = task.hub, HubSource()
         found |= {f"task.hub.{key}": getattr(hub, key) for key in ("id", "subset", "revision")}
         found = {key: value for key, value in found.items() if value != getattr(default, key.rpartition(".")[2])}
-        found |= {f"+task.hub.splits.{split}": name for split, name in hub.splits.items()}
+        found |= {f"task.hub.splits.{split}": name for split, name in hub.splits.items()}
     found |= {"task.cluster": task.cluster} if "cluster" in task.rows_from else {}
     return [f"{key}={in_hydras_grammar(value)}" for key, value in found.items()]
 

@@ -65,7 +65,7 @@ class SearchDecision:
     lr: StoredNumber
     action: StoredText
     """stopped, diverged, outward (the rate joined beyond an edge), edge (no rate joined), finalist, behind (it left the
-    race), finer (the rate joined between the last two of a race), tied (the race ended with more than one rate),
+    race), finer (the rate joined between the two best that a race left), tied (the race ended with more than one rate),
     chosen, fallback (chosen because a better one diverged), or none (no rate is left)."""
     reason: StoredText
     seed: StoredWhole | None = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import shutil
 import tarfile
+import tempfile
 from lzma import LZMAError
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def finish(folder: Path) -> str:
         The sha256 of the archive.
 
     Raises:
-        UserError: the study has no runs, or is finished already.
+        UserError: the study has no runs, is finished already, or is larger than what an archive may hold.
         OSError: the folder cannot be written.
     """
     if is_finished(folder):
@@ -110,6 +111,9 @@ def finish(folder: Path) -> str:
         with tarfile.open(beside, "w:xz", preset=9) as tar:
             for path in packed:
                 tar.add(path, path.name, filter=_plain)
+        # The files are removed below, so that they can be read again is tried here.
+        with tempfile.TemporaryDirectory(dir=folder) as unpacked:
+            _unpack(beside, Path(unpacked))
         sha256 = storage.sha256(beside)
         # Before the archive is there, the line means nothing. One may be left from a process that was killed here.
         text = _RECORDS.sub("", plan.read_text(encoding="utf-8")).rstrip("\n")

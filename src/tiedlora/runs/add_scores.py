@@ -11,7 +11,7 @@ from tiedlora.config.schema import Config
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.models import products
-from tiedlora.models.device import set_up_device
+from tiedlora.models.device import only_deterministic_algorithms, set_up_device
 from tiedlora.records import study_files
 from tiedlora.records.provenance import CHAT_TEMPLATE, TOKENIZER, package_versions
 from tiedlora.records.run_folder import RunFolder
@@ -64,6 +64,8 @@ def add_scores(folder: RunFolder, config: Config, again: bool = False) -> None:
         undone.enter_context(folder.locked())
         undone.enter_context(products.on_any_cpu(device, config.train.dtype))
         undone.enter_context(chunks_within(config.train.loss_memory_mb))
+        if config.train.deterministic:
+            undone.enter_context(only_deterministic_algorithms())
         folder.error_file.unlink(missing_ok=True)
         # Asked again now that no other process can add scores.
         missing = dict.fromkeys(score.splits, wanted) if again else missing_scores(score, folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -49,6 +50,9 @@ from tiedlora.training.optimizer import build_optimizer
 from tiedlora.training.signals import StopSignal
 
 log = logging.getLogger(__name__)
+
+NAMED_ROWS = 16
+"""How many rows of a step an error names."""
 
 
 def carry_out(config: Config, folder: RunFolder) -> RunRecord | None:
@@ -309,7 +313,9 @@ class Training:
 
     def _describe_rows(self, step: int) -> str:
         examples = self.loaded.train_examples
-        return f"training rows {[examples[number].id for number in self.sampler.rows_of_step(step)]}"
+        ids = [examples[number].id for number in self.sampler.rows_of_step(step)]
+        more = f" and {len(ids) - NAMED_ROWS} more" if len(ids) > NAMED_ROWS else ""
+        return f"training rows {ids[:NAMED_ROWS]}{more}"
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -394,6 +400,14 @@ class Training:
             checkpoint.save(
                 self.folder.checkpoints, state, loaded.parts, self.optimizer, loaded.inputs, buffers=buffers
             )
+            if self.config.score.checkpoint == "best":
+                self._remove_passed_best(state)
+
+    def _remove_passed_best(self, state: TrainState) -> None:
+        """Remove the adapters of earlier best validations, but for those that a kept checkpoint may come back to."""
+        kept = {self._best_folder(state.best_step(until)) for until in checkpoint.kept_steps(self.folder.checkpoints)}
+        for folder in set(self.folder.checkpoints.glob("best-*[0-9]")) - kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _log_metrics(self, of_reward: dict[int, dict[str, float]], rows: list[MetricsRow]) -> None:
         """Log rows, each with what the reward has measured in its step, which is then dropped."""

@@ -15,7 +15,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -250,7 +250,6 @@ class Scorer:
         prompts, choices = self._tokens(asked)
         by_likelihood, task = bool(choices[0]), self.config.task
         ends = AnswerEnds(self.encoder.tokenizer, task.stop, task.max_new_tokens, self.encoder.more_ends)
-        progress = ProgressBar(title, len(examples), "rows")
 
         def of_batch(batch: list[int]) -> list[tuple[str, int, str, list[float] | None]]:
             """(the answer, its tokens, what ended it, the likelihoods of the row's choices) of each row."""
@@ -264,8 +263,8 @@ class Scorer:
             tokens = [sum(map(len, choices[number])) for number in batch]
             return list(zip(likeliest, tokens, ["choice"] * len(batch), found, strict=True))
 
-        answers = in_shares(self.world, model, self._answer_batches(prompts, choices), of_batch)
-        progress.close()
+        with closing(ProgressBar(title, len(examples), "rows")) as progress:
+            answers = in_shares(self.world, model, self._answer_batches(prompts, choices), of_batch)
         scores = TaskMetric(self.task, by_likelihood, asked).compute(
             predictions=[log_likelihoods if by_likelihood else text for text, *_, log_likelihoods in answers],
             references=[example.references for example in asked],
@@ -315,7 +314,6 @@ class Scorer:
         self, model: Any, targets: Sequence[_Target], title: str, compute: Callable[[Batch], Sequence[T]]
     ) -> list[T]:
         """What `compute` gives for the rows of each batch of targets, in the order of the rows."""
-        progress = ProgressBar(title, len(targets), "rows")
 
         def of_batch(batch: list[int]) -> Sequence[T]:
             tokens = collate([targets[number].tokens for number in batch], self.encoder.tokenizer.eos_token_id)
@@ -323,9 +321,8 @@ class Scorer:
             progress.advance(len(batch))
             return found
 
-        found = in_shares(self.world, model, self._target_batches(targets), of_batch)
-        progress.close()
-        return found
+        with closing(ProgressBar(title, len(targets), "rows")) as progress:
+            return in_shares(self.world, model, self._target_batches(targets), of_batch)
 
     def batches(self, examples: Sequence[Example], kind: Kind) -> list[list[int]]:
         """The example numbers of each batch of `rows`. In the same batches, a model gives the same rows again.

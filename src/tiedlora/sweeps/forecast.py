@@ -32,7 +32,7 @@ from tiedlora.tasks import Example, load_examples, load_task
 
 TFLOPS = 0.5
 """The stated rate, in 1e12 operations a second: what two CPU cores with bfloat16 instructions reach in training
-(README.md: 1074 tokens/s of a model with 0.45e9 operations a token)."""
+(docs/performance.md: 1,039 tokens/s of a model with 0.45e9 operations a token)."""
 NEWEST_RUNS = 20
 """How many finished runs are read for a model and task."""
 SAMPLED_ROWS = 200

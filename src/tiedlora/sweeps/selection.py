@@ -18,6 +18,7 @@ from tiedlora.errors import LONGEST_MESSAGE, UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.scores import Finished, Metrics, read_finished, read_run_scores
 from tiedlora.records.selection import LOSS, SELECTION_FILE, RateChoice, Selection, read_selection, validation_metric
+from tiedlora.scoring.wanted import lacks_scores
 from tiedlora.sweeps.cells import Sweep, SweepCell, frozen_cell, rate_groups
 from tiedlora.text import visible
 
@@ -132,7 +133,7 @@ def recorded_choice(
 
 
 def score_test(sweep: Sweep, selection: Selection) -> Selection:
-    """Score only the chosen runs on test. Runs that already have test scores are not scored again.
+    """Score only the chosen runs on test: the kinds of scores that they lack.
 
     Returns:
         The selection with the choices' scores on test.
@@ -147,12 +148,12 @@ def score_test(sweep: Sweep, selection: Selection) -> Selection:
             # The staged sweeper may have added cells beyond the grid.
             cell = cells.get(run_id) or frozen_cell(sweep.path, run_id)
             cell.folder.finished_record()
-            if not read_run_scores(cell.folder).of("test"):
+            score = replace(cell.config.score, splits=["test"], forgetting=None)
+            if lacks_scores(score, cell.folder):
                 log.info("scoring %s on test", run_id)
                 # It imports torch, which takes seconds, and most selections are complete.
                 from tiedlora.runs.add_scores import add_scores  # noqa: PLC0415
 
-                score = replace(cell.config.score, splits=["test"], forgetting=None)
                 # A cell beyond the grid has the folders of the command that added it.
                 config = replace(cell.config, score=score, data_root=here.data_root, cache=here.cache)
                 add_scores(cell.folder, config)

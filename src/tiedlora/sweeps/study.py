@@ -235,7 +235,9 @@ def _with_adapter(outputs: Path, runs: Path) -> set[str]:
     for records in of_arm.values():
         # An adapter that was kept before stays the only one.
         kept = {record.run_id for record in records if RunFolder(runs / record.run_id).adapter.exists()}
-        with_adapter |= kept or {min(records, key=attrgetter("seed")).run_id}
+        # Of a run that `restore` has brought, it may not be here.
+        here = [record for record in records if RunFolder(outputs / record.run_id).has_adapter]
+        with_adapter |= kept or {record.run_id for record in sorted(here, key=attrgetter("seed"))[:1]}
     return with_adapter
 
 

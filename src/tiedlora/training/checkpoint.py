@@ -157,6 +157,11 @@ def _load_optimizer(
     optimizer.load_state_dict(own)
 
 
+def kept_steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints that are kept, the newest first."""
+    return [int(path.name.removeprefix("step-")) for path in _newest_first(folder)]
+
+
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*[0-9]"), reverse=True)
 

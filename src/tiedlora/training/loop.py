@@ -49,9 +49,10 @@ class TrainState:
     continued_from: list[ContinuedFrom] = field(default_factory=list)
     """How earlier steps were made, if the run continued with other code or packages, or elsewhere."""
 
-    def best_step(self) -> int:
-        """The step of the lowest validation loss; of equal losses, the earliest step."""
-        return int(min(self.validation, key=lambda pair: (pair[1], pair[0]))[0])
+    def best_step(self, until: float = math.inf) -> int:
+        """The step of the lowest validation loss up to a step; of equal losses, the earliest step."""
+        measured = [pair for pair in self.validation if pair[0] <= until]
+        return int(min(measured, key=lambda pair: (pair[1], pair[0]))[0])
 
 
 @dataclass
