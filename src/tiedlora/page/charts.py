@@ -45,6 +45,8 @@ WIDE = 3
 """Losses that are further apart than this factor have a logarithmic axis."""
 WITH_NAMES = (0.62, 1.1, 0.5, 0.12)
 """The margins of a panel with names at the right ends of lines."""
+OVER_STEPS = (0.8, *WITH_NAMES[1:])
+"""The same, with room for numbers such as -0.025 at the left."""
 
 
 def panels(
@@ -275,7 +277,7 @@ def _over_steps(model: str, leads: Sequence[Sequence[LeadAtStep]]) -> list[Panel
     for lines in together.values():
         groups = [own[0].group for own in lines]
         title, draw = _first(groups[0].task_in_words, lines), partial(draw_over_steps, lines=lines[:MOST_LINES])
-        found.append(Panel("over-steps", model, title, draw, groups[:MOST_LINES], margins=WITH_NAMES))
+        found.append(Panel("over-steps", model, title, draw, groups[:MOST_LINES], margins=OVER_STEPS))
     return found
 
 
@@ -494,7 +496,9 @@ def _names_at_ends(ax: Axes, curves: Sequence[Curve]) -> None:
     """Names at the right of lines. Where ends are close, names keep their order and a distance."""
     last = max(curve.steps[-1] for curve in curves)
     ax.set_xlim(-0.02 * last, 1.02 * last)
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    # At most five of the steps that were measured.
+    measured = sorted({step for curve in curves for step in curve.steps})
+    ax.set_xticks(measured[:: math.ceil(len(measured) / 5)])
     ax.autoscale_view()
     ends = sorted(((c.steps[-1], float(c.values[:, -1].mean()), c) for c in curves), key=lambda end: end[1])
     wanted = np.array([ax.transData.transform((x, y))[1] for x, y, _ in ends])
