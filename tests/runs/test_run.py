@@ -158,7 +158,9 @@ def test_only_the_best_adapters_that_a_checkpoint_may_come_back_to_are_kept(tiny
     kept = {best[int(path.name[-8:])] for path in folder.checkpoints.glob("step-*")}
     assert {int(path.name[-8:]) for path in folder.checkpoints.glob("best-*")} == kept
     assert len(kept) < len(set(best))
-    run.main(config)
+    finished = run.main(config)
+    losses = list(map(mean_loss, read_validation_losses(folder.validation_losses_file)))
+    assert finished.training.scored_step == min(range(9), key=losses.__getitem__)
 
 
 def test_an_error_of_a_step_names_some_of_many_rows():

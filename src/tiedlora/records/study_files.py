@@ -112,7 +112,7 @@ def finish(folder: Path) -> str:
             for path in packed:
                 tar.add(path, path.name, filter=_plain)
         # The files are removed below, so that they can be read again is tried here.
-        with tempfile.TemporaryDirectory(dir=folder) as unpacked:
+        with tempfile.TemporaryDirectory(prefix=f".{ARCHIVE}-", dir=folder) as unpacked:
             _unpack(beside, Path(unpacked))
         sha256 = storage.sha256(beside)
         # Before the archive is there, the line means nothing. One may be left from a process that was killed here.
