@@ -10,8 +10,7 @@ from dataclasses import replace
 from tiedlora.config.schema import Config
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
-from tiedlora.models import products
-from tiedlora.models.device import only_deterministic_algorithms, set_up_device
+from tiedlora.models.device import set_up_device
 from tiedlora.records import study_files
 from tiedlora.records.provenance import CHAT_TEMPLATE, TOKENIZER, package_versions
 from tiedlora.records.run_folder import RunFolder
@@ -19,12 +18,11 @@ from tiedlora.records.run_record import RunRecord
 from tiedlora.records.scores import Kind, read_run_scores
 from tiedlora.runs import library
 from tiedlora.runs.inputs import read_rows, warn_of_trained_rows
-from tiedlora.runs.loading import cached_base, check_scores_mean_something
+from tiedlora.runs.loading import cached_base, check_scores_mean_something, computing_as
 from tiedlora.scoring.passages import check_source
 from tiedlora.scoring.split import Scorer
 from tiedlora.scoring.wanted import forgetting_to_score, missing_scores, wanted_scores
 from tiedlora.tasks import Example, digest, load_examples, load_task
-from tiedlora.training.loss import chunks_within
 from tiedlora.training.signals import StopSignal
 
 log = logging.getLogger(__name__)
@@ -54,6 +52,7 @@ def add_scores(folder: RunFolder, config: Config, again: bool = False) -> None:
         check_scores_mean_something(finished.admission, config)
     with StopSignal(), ExitStack() as undone:
         device = set_up_device(config.train.device, finished.execution.threads)
+        undone.enter_context(computing_as(config.train, device))
         base = cached_base(config, device)
         arm = library.load(folder.adapter, base)
         undone.callback(arm.detach)
@@ -62,10 +61,6 @@ def add_scores(folder: RunFolder, config: Config, again: bool = False) -> None:
         _check_same_tokens(folder, finished, encoder)
         scorer = Scorer(arm, encoder, task, config, base.record)
         undone.enter_context(folder.locked())
-        undone.enter_context(products.on_any_cpu(device, config.train.dtype))
-        undone.enter_context(chunks_within(config.train.loss_memory_mb))
-        if config.train.deterministic:
-            undone.enter_context(only_deterministic_algorithms())
         folder.error_file.unlink(missing_ok=True)
         # Asked again now that no other process can add scores.
         missing = dict.fromkeys(score.splits, wanted) if again else missing_scores(score, folder)

@@ -6,6 +6,8 @@ Consecutive runs of one process use the same base model and token ids, so a proc
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +18,14 @@ from tiedlora.adapter import TiedAdapter, attach_adapter, files
 from tiedlora.adapter.arms import Arm, ArmSpec
 from tiedlora.adapter.attach import new_arm
 from tiedlora.config.identity import adapter_digest
-from tiedlora.config.schema import Config
+from tiedlora.config.schema import Config, TrainConfig
 from tiedlora.config.sizes import missed_budget, trainable_params
 from tiedlora.data.batching import check_batch_tokens
 from tiedlora.data.encoding import Encoded, EncodedRows, Encoder, load_or_encode
 from tiedlora.errors import UserError
 from tiedlora.families import layout_of
 from tiedlora.models import device as devices
+from tiedlora.models import products
 from tiedlora.models.arithmetic import CHECKPOINT_BYTES, FULL_BYTES
 from tiedlora.models.base_model import BaseModel, load_base
 from tiedlora.other_methods import FULL
@@ -36,11 +39,23 @@ from tiedlora.tasks import Example, load_examples, load_task
 from tiedlora.tracking.progress import running_clock
 from tiedlora.training.checkpoint import RunInputs
 from tiedlora.training.distributed import World, is_sharded, shard
+from tiedlora.training.loss import chunks_within
 
 log = logging.getLogger(__name__)
 
 TOKENS: SingleSlotCache[dict[str, EncodedRows]] = SingleSlotCache()
 _BASE: SingleSlotCache[BaseModel] = SingleSlotCache()
+
+
+@contextmanager
+def computing_as(train: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Inside the block, the process computes as the run asks: its products, its algorithms, the chunks of its loss.
+
+    Enter it before anything is computed on a GPU, because cuBLAS reads its part when it starts.
+    """
+    algorithms = devices.only_deterministic_algorithms() if train.deterministic else nullcontext()
+    with algorithms, products.on_any_cpu(device, train.dtype), chunks_within(train.loss_memory_mb):
+        yield
 
 
 @dataclass(frozen=True)

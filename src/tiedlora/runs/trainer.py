@@ -35,7 +35,7 @@ from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import ConfigRecord, Halving, Identity, RunRecord
 from tiedlora.records.scores import read_run_scores, read_scores
 from tiedlora.records.summary import flat_summary
-from tiedlora.runs.loading import Loaded, load
+from tiedlora.runs.loading import Loaded, computing_as, load
 from tiedlora.runs.reward import Reward
 from tiedlora.scoring.split import in_shares
 from tiedlora.scoring.wanted import forgetting_to_score, missing_scores
@@ -45,7 +45,7 @@ from tiedlora.tracking.run_trackers import NONE, RunTrackers, TrackedRun, check_
 from tiedlora.training import checkpoint, compiling
 from tiedlora.training.distributed import World, join_world
 from tiedlora.training.loop import Loop, TrainState
-from tiedlora.training.loss import chunks_within, row_losses, target_loss
+from tiedlora.training.loss import row_losses, target_loss
 from tiedlora.training.optimizer import build_optimizer
 from tiedlora.training.signals import StopSignal
 
@@ -68,10 +68,8 @@ def carry_out(config: Config, folder: RunFolder) -> RunRecord | None:
         UserError, Busy, StoppedEarly: as run.main.
         Paused: train.pause_after is reached.
     """
-    algorithms = devices.only_deterministic_algorithms() if config.train.deterministic else nullcontext()
     device = devices.resolve_device(config.train.device)
-    on_device = products.on_any_cpu(device, config.train.dtype)
-    with algorithms, on_device, chunks_within(config.train.loss_memory_mb), join_world(device.type) as world:
+    with computing_as(config.train, device), join_world(device.type) as world:
         # 1. Do all processes agree that the run is not finished?
         finished = None if config.force else folder.record()
         if world.any(finished is not None):

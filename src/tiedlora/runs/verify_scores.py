@@ -25,7 +25,6 @@ from tiedlora.config.schema import FORGETTING, SCORED_SPLITS
 from tiedlora.data.encoding import Encoder
 from tiedlora.description import DESCRIPTION
 from tiedlora.errors import UserError
-from tiedlora.models import products
 from tiedlora.models.base_model import load_base
 from tiedlora.models.device import execution_on, here_or_auto, set_up_device
 from tiedlora.models.placement import input_device, without_gradients
@@ -36,9 +35,9 @@ from tiedlora.records.provenance import Execution, package_versions
 from tiedlora.records.rows import PredictionRow
 from tiedlora.records.scores import KINDS, Kind, Metrics, ScoreRecord, read_scores
 from tiedlora.runs.checked_run import CheckedRun, Finding, Scored, compared
+from tiedlora.runs.loading import computing_as
 from tiedlora.scoring.split import Scorer, scored_model, with_halved_batches
 from tiedlora.tasks import Example, digest
-from tiedlora.training.loss import chunks_within
 
 METRIC_PACKAGES = ("sacrebleu", "rouge-score")
 """Those whose versions are in the signatures of metrics."""
@@ -231,8 +230,7 @@ def regenerate(run: CheckedRun, least: int) -> Iterator[Finding]:
             scorer = Scorer(arm, encoder, run.task, as_scored, base.record)
             # As in the process that scored them.
             set_up_device(here_or_auto(config.train.device), scored.record.execution.threads)
-            memory_mb = config.train.loss_memory_mb
-            with products.on_any_cpu(device, config.train.dtype), chunks_within(memory_mb):
+            with computing_as(config.train, device):
                 finding = _regenerate_file(run, scorer, scored, least, execution_on(device))
             yield finding
 
