@@ -8,13 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import processes
+from helpers.tiny import folder_of
 
 from tiedlora.adapter.parts import ParameterGroup
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import TrainConfig
 from tiedlora.models import device
 from tiedlora.records.provenance import Execution
-from tiedlora.runs import run, trainer
+from tiedlora.runs import run, trainer, verify
+from tiedlora.scoring.split import Scorer
 from tiedlora.training import checkpoint
 from tiedlora.training.checkpoint import RunInputs
 from tiedlora.training.loop import TrainState
@@ -63,6 +65,17 @@ def test_deterministic_switches_torch_for_the_run_only(tiny_config, monkeypatch)
     monkeypatch.setattr(trainer, "target_loss", watched)
     run.main(wished)
     assert set(during) == {(True, ":4096:8")}
+    assert not torch.are_deterministic_algorithms_enabled()
+    # So do scores that are added later, and those that verify makes again.
+    later, losses = [], Scorer.losses
+    monkeypatch.setattr(
+        Scorer, "losses", lambda *of: later.append(torch.are_deterministic_algorithms_enabled()) or losses(*of)
+    )
+    run.main(tiny_config("train.deterministic=true", "score.splits=[test]", "score.metrics=[target_loss]"))
+    added = len(later)
+    assert all(finding.ok is not False for finding in verify.verify(folder_of(wished).path))
+    assert 0 < added < len(later)
+    assert all(later)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
