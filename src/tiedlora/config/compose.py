@@ -39,7 +39,7 @@ from tiedlora.config.identity import (
     without_gone_keys,
 )
 from tiedlora.config.rates import suggested_lr
-from tiedlora.config.schema import SPLITS, Config, HubSource, RankConfig, TaskConfig
+from tiedlora.config.schema import SPLITS, Config, HubSource, RankConfig, TaskConfig, TrainConfig
 from tiedlora.config.sizes import at_budget
 from tiedlora.errors import UserError
 from tiedlora.keys import from_person
@@ -427,7 +427,7 @@ def command(config: Config) -> str:
     """`python train.py ...` for exactly this run, with as few overrides as the options of conf/ allow."""
     overrides, is_exact = list[str](), False
     with suppress(UserError):
-        overrides = min((_overrides(config, train) for train in options("train")), key=len)
+        overrides = _overrides(config)
         is_exact = run_id(compose_config(overrides)) == run_id(config)
     # A card is published, and a reader has other folders.
     overrides = ["train.init_from=RUN" if word.startswith("train.init_from=") else word for word in overrides]
@@ -456,18 +456,26 @@ def _source(task: TaskConfig) -> list[str]:
     return [f"{key}={in_hydras_grammar(value)}" for key, value in found.items()]
 
 
-def _overrides(config: Config, train: str) -> list[str]:
-    """Options by name, and an override for each value of the identity that the options do not give.
+def _nearest_train(config: Config) -> str:
+    """The option of conf/train that has the most values of a run."""
+    values, defaults = identity(config)["train"], asdict(TrainConfig())
 
-    Args:
-        train: the option of conf/train to begin with.
-    """
+    def different(option: str) -> int:
+        given = defaults | storage.read_yaml(CONF / "train" / f"{option}.yaml")
+        return sum(given[key] != value for key, value in values.items())
+
+    return min(options("train"), key=different)
+
+
+def _overrides(config: Config) -> list[str]:
+    """Options by name, and an override for each value of the identity that the options do not give."""
     models = {storage.read_yaml(CONF / "model" / f"{name}.yaml")["name"]: name for name in options("model")}
     # The user's own rows have any name.
     task = "rows" if config.task.kind == OWN_ROWS else config.task.name
     model = models.get(config.model.name, own_model.OPTION if config.model.source == "hub" else "")
     chosen = {"model": model, "task": task, "tying": arm_of(config).option}
-    chosen |= {"objective": config.objective.name, "rank": f"r{config.rank.r}", "train": train}
+    chosen |= {"objective": config.objective.name, "rank": f"r{config.rank.r}"}
+    chosen["train"] = _nearest_train(config)
     defaults = [entry for entry in OmegaConf.load(CONF / "config.yaml").defaults if not isinstance(entry, str)]
     words = []
     for group, name in chosen.items():
