@@ -68,7 +68,7 @@ def test_a_method_of_peft_is_a_run_like_any_other(tiny_config, tmp_path):
 
 
 @pytest.mark.usefixtures("third_kinds")
-def test_a_third_kind_is_trained_scored_and_verified(tiny_config):
+def test_a_third_kind_is_trained_scored_verified_and_exported(tiny_config, tmp_path):
     config = tiny_config("tying=peft", "tying.method=bias", "tying.name=bias")
     record = run.main(config)
     assert record.run_id.startswith("bias-")
@@ -77,6 +77,14 @@ def test_a_third_kind_is_trained_scored_and_verified(tiny_config):
     assert set(read_run_scores(folder_of(config)).metrics("validation")) >= {"exact_match_strict", "target_loss"}
     assert load_file(folder_of(config).adapter / "adapter.safetensors")["bias"].abs().sum() > 0
     assert [finding for finding in verify(folder_of(config).path) if finding.ok is False] == []
+    # PEFT does not know it, but its own program loads a copy of it.
+    with pytest.raises(UserError, match="--to peft: PEFT does not know bias"):
+        export_run(folder_of(config), record, config, tmp_path / "peft", ExportOptions(form="peft"))
+    assert not (tmp_path / "peft").exists()
+    export_run(folder_of(config), record, config, tmp_path / "card", ExportOptions(form="hub-card"))
+    assert "PEFT" not in (tmp_path / "card" / "README.md").read_text()
+    attached = library.load(tmp_path / "card", library.base_of(folder_of(config).path))
+    assert attached.trained_parts()["bias"].abs().sum() > 0
 
 
 @pytest.mark.usefixtures("third_kinds")

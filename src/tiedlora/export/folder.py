@@ -36,7 +36,7 @@ from tiedlora.errors import UserError
 from tiedlora.families import layout_of
 from tiedlora.models.base_model import load_base
 from tiedlora.models.device import resolve_device
-from tiedlora.other_methods import FULL, PEFT_FILE
+from tiedlora.other_methods import FULL, PEFT_FILE, REGISTERED
 from tiedlora.records.interval import Interval, Unit
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
@@ -116,6 +116,11 @@ def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path,
                 f"--to merged: is for this project's own adapters; export the run with --to peft, and use PEFT's "
                 f"merge_and_unload if {config.tying.method} has it"
             )
+        if options.form == "peft" and not (run.adapter / PEFT_FILE).is_file():
+            raise UserError(
+                f"--to peft: PEFT does not know {config.tying.method}, a method of another program; --to hub-card "
+                "copies the adapter for tiedlora.load, after that program has registered it"
+            )
         own = [DESCRIPTION] if options.form == "hub-card" else []
         _copy(run, out, *own, arms.read_description(run.adapter).tensors_file, PEFT_FILE)
         return
@@ -191,6 +196,7 @@ def card(record: RunRecord, scores: RunScores, config: Config, options: ExportOp
         embedded=_embedded(config.model),
         base=base_to_load(config.model),
         label=record.arm.configuration,
+        is_foreign=config.tying.method in REGISTERED,
         made_with=[code for code in record.code_versions if code.commit is not None or code.version is not None],
         command=compose.command(config),
         options=options,
