@@ -1,10 +1,21 @@
 """Answers to claims: the rule decides at planned looks only, and what cannot be decided says why."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.report_runs import diverge, report_of_claim, scored_run, world
+from helpers.report_runs import (
+    METRIC,
+    diverge,
+    make_record,
+    prediction_rows,
+    report_of_claim,
+    score_run,
+    scored_run,
+    world,
+    write_run,
+)
 
 from tiedlora.analysis import claims, rules
 from tiedlora.analysis.answers import Answer, Findings, Look, Verdict
@@ -269,3 +280,18 @@ class TestOverTasks:
         found = {verdict.model: (verdict.verdict.value, verdict.reason) for verdict in report.verdicts}
         assert found["a"] == ("supported", "2 of 2 informative tasks support it")
         assert found["b"] == ("undecided", "1 of 1 informative tasks support it; not run: gsm8k")
+
+
+def test_a_seed_that_lacks_one_file_of_scores_changes_no_metric(tmp_path):
+    """The claim names no metric, so it takes the task's first one. Seed 0 is not of its plan."""
+    for name, right in (("LoRA", 0.9), ("TABuv", 0.5)):
+        for seed in range(4):
+            record = make_record(name=name, seed=seed)
+            write_run(tmp_path / "runs", record)
+            rows = prediction_rows([float(place < right * 80) for place in range(80)])
+            rows = [replace(row, scores={**row.scores, "target_loss": 1.0}) for row in rows]
+            score_run(tmp_path / "runs", record, "validation", rows)
+    (folder,) = (tmp_path / "runs").glob("TABuv*-s0-*")
+    (folder / "scores" / "validation.answers.jsonl").unlink()
+    found = answer(tmp_path, "better_by: 0.0", top="looks: [3]\nseeds: [1, 2, 3]")
+    assert found.measure.metric == METRIC

@@ -87,7 +87,7 @@ def test_mistakes_name_the_key(tmp_path, change, says):
 
 
 # What a claim can name: two runs' configurations, and the metrics that one of them has on a task of its own.
-RUNS = {"mine", "custom (mine)"}, {"own_task": {"accuracy"}, "squad": {"f1"}}
+RUNS = {"mine", "custom (mine)"}, {"own_task": {"accuracy"}, "squad": {"f1"}}, {"score.batch_tokens"}
 NAMES = {
     "a configuration": (("on: TABuv", "on: TABvu"), "method.configuration=TABvu: no run here", "TABuv"),
     "a configuration of runs": (("on: TABuv", "on: mime"), "method.configuration=mime:", "mine"),

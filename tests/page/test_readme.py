@@ -72,6 +72,10 @@ def test_claims_without_runs_are_a_line_below_the_verdicts_and_not_rows(tmp_path
     verdicts = text.split("<!-- report: ")[1]
     assert "\nNot run: first\\_one; second.\n" in verdicts
     assert sum(line.startswith("|") for line in verdicts.splitlines()) == 3
+    # A claim that one model has run is in the table, whatever another model has.
+    world(tmp_path / "runs", {"TAB": 0.5, "LoRA": 0.9}, seeds=3, model="org/big")
+    text = readme.filled(TEXT, write.build([tmp_path / "runs"], claims=tmp_path / "claims.yaml"))
+    assert "Not run" not in text.split("<!-- report: ")[1]
 
 
 def test_a_claim_without_runs_is_not_in_the_table_of_answers(tmp_path):

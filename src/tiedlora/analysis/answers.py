@@ -227,7 +227,8 @@ def answer_claims(
     for claim in stated:
         pairs = claims.pairs(claim, groups, splits)
         answers += [_answer(claim, pair, splits[pair.anchor.model, pair.anchor.task], book) for pair in pairs]
-        reason, decide = f"no finished run of {claim.anchor}", next_look(claim, 0, {})
+        where = "".join(f" with {key}={value}" for key, value in claim.where.items())
+        reason, decide = f"no finished run of {claim.anchor}{where}", next_look(claim, 0, {})
         for model in sorted({group.model for group in groups}) or [""]:
             run_on = {pair.anchor.task for pair in pairs if pair.anchor.model == model}
             # Without tasks, a claim is about those that its anchor was run on; what other arms were run on changes
@@ -393,14 +394,14 @@ def _measure(claim: Claim, method: RunGroup, split: str) -> Measure:
     Raises:
         NotComparable: no run of the method is scored by it.
     """
-    scored = [metrics for run in method.runs if (metrics := run.scores.metrics(split))]
     if not method.runs:
         raise NotComparable(f"{method.name} has none of these seeds")
+    scored = method.metrics(split)
     if not scored:
         raise NotComparable(f"not scored on {split}")
-    metric = claim.metric_on(method.task, next(iter(scored[0])))
-    if all(metric not in metrics for metrics in scored):
-        raise NotComparable(f"{split} has no {metric}; it has {', '.join(scored[0])}")
+    metric = claim.metric_on(method.task, scored[0])
+    if metric not in scored:
+        raise NotComparable(f"{split} has no {metric}; it has {', '.join(scored)}")
     return Measure(split, metric)
 
 

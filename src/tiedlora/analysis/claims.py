@@ -264,16 +264,21 @@ def read(path: Path) -> list[Claim]:
 
 
 def check_names(
-    path: Path, claims: Iterable[Claim], configurations: Iterable[str], metrics: Mapping[str, Iterable[str]]
+    path: Path,
+    claims: Iterable[Claim],
+    configurations: Iterable[str],
+    metrics: Mapping[str, Iterable[str]],
+    keys: Iterable[str],
 ) -> None:
     """Refuse a claim about what does not exist, which would be reported as not run for ever. Valid are the options of
-    conf/ and what the runs have: `configurations`, and `metrics` by task.
+    conf/ and what the runs have: `configurations`, `metrics` by task, and the dotted `keys` of their identities.
 
     Raises:
         UserError: naming the claim, the key and the nearest valid name.
     """
     known = {*options("tying"), *configurations}
     tasks = {*options("task"), *metrics}
+    deciding = {*_default_keys(), *keys}
     for claim in claims:
         where = f"{path}: claim {claim.name!r:.80}"
         for key, side in claim.sides.items():
@@ -283,8 +288,8 @@ def check_names(
             if not is_named(name) and name not in known:
                 raise UserError(f"{where}: {key}.{own_key}={name:.80}: {NO_SUCH} tying{nearest(name, known)}")
         for key in claim.where:
-            if key not in _deciding_keys():
-                meant = nearest(key, _deciding_keys())
+            if key not in deciding:
+                meant = nearest(key, deciding)
                 raise UserError(f"{where}: where: {key:.80}: is no key that decides a run{meant}")
         for task, metric in claim.tasks.items():
             if task not in tasks:
@@ -296,8 +301,8 @@ def check_names(
 
 
 @functools.cache
-def _deciding_keys() -> tuple[str, ...]:
-    """The keys of a configuration that decide what a run is."""
+def _default_keys() -> tuple[str, ...]:
+    """The keys that decide what a run of the defaults is."""
     return tuple(leaves(identity(compose.compose_config([]))))
 
 

@@ -26,7 +26,7 @@ from tiedlora.config.identity import leaves
 from tiedlora.config.sizes import is_near
 from tiedlora.config.trial_arm import TrialArm, own_values
 from tiedlora.records.provenance import CHAT_TEMPLATE, TARGET_BLANK, TOKENIZER
-from tiedlora.records.scores import Finished
+from tiedlora.records.scores import KINDS, Finished
 from tiedlora.records.selection import RateChoice, Selection
 
 LONGEST_VALUE = 24
@@ -60,6 +60,18 @@ class RunGroup:
     """The remarks that stand beside the configuration's name wherever it is shown: one to three words each."""
     trials: list[Run | UnfinishedRun] = field(default_factory=list)
     """Every run of the search that has ended, at any rate, sorted by rate and seed."""
+
+    def metrics(self, split: str) -> list[str]:
+        """The metrics that any of its runs has on a split, in the order of files and of their metrics."""
+        return list(
+            dict.fromkeys(
+                metric
+                for kind in KINDS
+                for run in self.runs
+                if (record := run.scores.adapted.get((split, kind))) is not None
+                for metric in record.metrics
+            )
+        )
 
     @property
     def rank(self) -> int:
@@ -173,15 +185,16 @@ def group_runs(
         setting, own = (json.dumps(values, sort_keys=True) for values in _setting_and_own(run))
         runs_of[setting, own].append(run)
     unfinished = [folder.run for folder in left_out if folder.run is not None]
-    finished = {run.run_id for run in runs}
     groups = []
     for (setting, _), members in runs_of.items():
         first = members[0]
+        finished = {(run.lr, run.seed) for run in members}
         group = RunGroup(setting, first.model, first.task, first.arm.label, first.arm)
         _choose_rate(
             group,
             members,
-            [other for other in unfinished if other.search == first.search and other.run_id not in finished],
+            # A folder of an attempt that failed may have been kept, under another name, beside the run that finished.
+            [other for other in unfinished if other.search == first.search and (other.lr, other.seed) not in finished],
             _recorded_choices(members, choices),
         )
         _mark_mixtures(group)
@@ -195,7 +208,10 @@ def group_runs(
     for group, variant, own in zip(groups, variants, own_values, strict=True):
         group.variant = variant
         group.configuration += f" ({own})" if own else ""
-    return sorted(groups, key=lambda group: (group.model, group.task, group.variant, group.rank, group.params))
+    return sorted(
+        groups,
+        key=lambda group: (group.model, group.task, group.variant, group.rank, group.params, group.configuration),
+    )
 
 
 def _setting_and_own(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -430,16 +430,17 @@ def level_of(differences: Array, clusters: Clusters | None = None) -> float:
     Args:
         differences: (seeds, rows), with at least two rows.
     """
+    # No test by the signs of so many rows has a smaller one. It counts where all rows differ by the same.
+    floor = 2.0 ** (1 - (differences.shape[1] if clusters is None else len(clusters.sizes)))
     if len(differences) > 1:
-        return min(level_above(differences, clusters), level_above(-differences, clusters))
+        return max(floor, min(level_above(differences, clusters), level_above(-differences, clusters)))
     (values,) = differences
     mean, error = abs(float(values.mean())), _error_of_mean(values, clusters)
-    count, freedom = (len(values), len(values) - 1) if clusters is None else (len(clusters.sizes), clusters.freedom)
+    freedom = len(values) - 1 if clusters is None else clusters.freedom
     if mean < ROUNDING:
         return 1.0
     level = 2 * float(scipy.stats.t.sf(mean / error, freedom)) if error > ROUNDING else 0.0
-    # No test by the signs of so many rows has a smaller one. It counts where all rows differ by the same.
-    return max(level, 2.0 ** (1 - count))
+    return max(floor, level)
 
 
 def smallest_shown(differences: Array, clusters: Clusters | None = None) -> float:

@@ -92,7 +92,7 @@ def is_at_equal_size(answer: Answer) -> bool:
         isinstance(pair, Pair)
         and answer.measure is not None
         and answer.claim.rule.margin == 0
-        and all(group.arm.is_size_of(BASELINE) for group in pair.comparator.groups)
+        and all(group.arm.family == BASELINE for group in pair.comparator.groups)
         and is_near(pair.comparator.params, pair.method.params)
     )
 

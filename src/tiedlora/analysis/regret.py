@@ -13,7 +13,7 @@ from tiedlora.analysis.claims import Pair
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.rules import Rule, Sides
 from tiedlora.analysis.runs import Measure
-from tiedlora.records.loss_metrics import is_loss
+from tiedlora.records.loss_metrics import LOSS_METRICS
 
 LARGEST_PART = 0.5
 """Of a claim's margin."""
@@ -51,7 +51,7 @@ def claim_margin(rule: Rule, sides: Sides) -> float | None:
 
 def doubtful_rates(rule: Rule, pair: Pair, measure: Measure, sides: Sides) -> tuple[DoubtfulRate, ...]:
     """The arms of the method and of the comparator whose rate is in doubt; none if the claim compares no losses."""
-    margin = claim_margin(rule, sides) if is_loss(measure.metric) else None
+    margin = claim_margin(rule, sides) if measure.metric in LOSS_METRICS else None
     if margin is None:
         return ()
     parts = [*pair.method.parts, *pair.comparator.parts]

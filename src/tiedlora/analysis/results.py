@@ -129,7 +129,8 @@ def result_rows(
     plain_last = sorted((group for group in groups if group.label == BASELINE), key=lambda group: group.is_plain)
     lora = {(group.setting, group.rank): group for group in plain_last}
     curves = {group.setting: curve(BASELINE, group.setting, groups) for group in groups}
-    metrics = [_metrics(group, splits[group.model, group.task]) for group in groups]
+    # An empty name stands for a group that is not scored.
+    metrics = [group.metrics(splits[group.model, group.task]) or [""] for group in groups]
     # Some groups of a setting may be scored by the loss alone, so that they are shown by another metric.
     shown = {(group.setting, _shown(group.task, own, claims)) for group, own in zip(groups, metrics, strict=True)}
     # A group without scores has no panel of its own beside those that have some.
@@ -152,11 +153,6 @@ def result_rows(
                 )
             )
     return rows
-
-
-def _metrics(group: RunGroup, split: str) -> list[str]:
-    """The metrics of the group's first scored run, in their order; an empty name if none is scored."""
-    return next((list(metrics) for run in group.runs if (metrics := run.scores.metrics(split))), [""])
 
 
 def _shown(task: str, metrics: Sequence[str], claims: Sequence[Claim]) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from tiedlora import storage
 from tiedlora.analysis.intervals import Array, Clusters, pseudo_values
-from tiedlora.config.identity import arm_of, identity, identity_digest, without_gone_keys
+from tiedlora.config.identity import arm_of, identity, identity_digest, leaves, without_gone_keys
 from tiedlora.config.schema import Config, TaskConfig
 from tiedlora.config.trial_arm import TrialArm
 from tiedlora.errors import UserError
@@ -187,14 +187,17 @@ def read_runs(roots: Iterable[Path]) -> tuple[list[Run], list[LeftOut]]:
     return list(runs.values()), left_out
 
 
-def names_of(runs: Iterable[Run]) -> tuple[set[str], dict[str, set[str]]]:
-    """What a claim about these runs can name: the configurations, and task -> its recorded metrics."""
-    configurations: set[str] = set()
+def names_of(runs: Iterable[Run]) -> tuple[set[str], dict[str, set[str]], set[str]]:
+    """What a claim about these runs can name: the configurations, task -> its recorded metrics, and the dotted keys of
+    their identities.
+    """
+    configurations, keys = set[str](), set[str]()
     metrics: dict[str, set[str]] = {}
     for run in runs:
         configurations |= {run.arm.configuration, run.arm.name}
         metrics.setdefault(run.task, set()).update(*map(run.scores.metrics, run.scores.splits))
-    return configurations, metrics
+        keys.update(leaves(run.record.identity.tree))
+    return configurations, metrics, keys
 
 
 def read_selections(roots: Iterable[Path]) -> tuple[list[Selection], list[LeftOut]]:

@@ -77,7 +77,7 @@ def sheets(
 
     Args:
         pairs: two arms that may be compared at first; the first pair that a sheet has is taken.
-        most_bytes: of all sheets. Each has an equal part, and a larger one leaves out the runs of the highest seeds.
+        most_bytes: of all sheets. Each has an equal part, and a larger one leaves out each arm's highest seeds.
     """
     of_setting: dict[tuple[str, str], dict[RunGroup, None]] = defaultdict(dict)
     primary: dict[tuple[str, str], set[str]] = defaultdict(set)
@@ -87,7 +87,7 @@ def sheets(
         primary[place].update([row.measure.metric] if row.primary else [])
     found = []
     for place, own in of_setting.items():
-        seeds = sorted({run.seed for group in own for run in group.runs})
+        seeds = max(len(group.runs) for group in own)
         found.append(_sheet(list(own), place[1], seeds, First(primary[place], pairs), most_bytes // len(of_setting)))
     return sorted((sheet for sheet in found if sheet is not None), key=lambda sheet: not sheet.head["answers"])
 
@@ -95,16 +95,18 @@ def sheets(
 def _sheet(
     groups: Sequence[RunGroup],
     split: str,
-    seeds: Sequence[int],
+    seeds: int,
     first: First,
     most_bytes: int,
 ) -> Sheet | None:
-    """The sheet of the runs with these seeds, or of as many seeds as fit; None if no run's answers can be shown."""
-    runs = [(group, run) for group in groups for run in group.runs if run.scores.of(split)]
+    """The sheet of so many seeds of each arm, or of as many as fit; None if no run's answers can be shown."""
+    scored = {group: [run for run in group.runs if run.scores.of(split)] for group in groups}
     left_out = [
-        f"{group.name} · seed {run.seed}: the page would be too large" for group, run in runs if run.seed not in seeds
+        f"{group.name} · seed {run.seed}: the page would be too large"
+        for group, runs in scored.items()
+        for run in runs[seeds:]
     ]
-    asked, columns = _columns([(group, run) for group, run in runs if run.seed in seeds], split, left_out)
+    asked, columns = _columns([(group, run) for group, runs in scored.items() for run in runs[:seeds]], split, left_out)
     if not any(column.group for column in columns):
         return None
     metrics: list[str] = []
@@ -153,8 +155,8 @@ def _sheet(
     ]
     sheet = Sheet(head, packed(index), texts)
     size = len(sheet.index) + sum(len(block) + 100 for block in texts)
-    if size > most_bytes and len(seeds) > 1:
-        return _sheet(groups, split, seeds[: max(1, int(len(seeds) * most_bytes / size))], first, most_bytes)
+    if size > most_bytes and seeds > 1:
+        return _sheet(groups, split, max(1, int(seeds * most_bytes / size)), first, most_bytes)
     return sheet
 
 

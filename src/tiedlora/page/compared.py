@@ -9,7 +9,7 @@ from typing import Any
 
 from tiedlora import storage
 from tiedlora.analysis.two_sides import PairedTest, Side
-from tiedlora.page.tables import COUNT, Column, Kind, Table, pipe_table
+from tiedlora.page.tables import COUNT, Column, Kind, Table, markdown, pipe_table
 from tiedlora.records.interval import Unit
 from tiedlora.text import aligned, counted, visible
 
@@ -27,23 +27,23 @@ class Compared:
     def text(self) -> str:
         """For a terminal."""
         table = self._table()
-        return self._around(aligned([table.head, *table.texts()]), "")
+        return self._around(aligned([table.head, *table.texts()]), "", visible)
 
     def markdown(self) -> str:
         """For a document."""
-        return self._around(pipe_table(self._table()).rstrip("\n"), "- ")
+        return self._around(pipe_table(self._table()).rstrip("\n"), "- ", markdown)
 
     def json(self) -> str:
         """For programs. Numbers are in the metric's own unit, as in the files."""
         sides = {side.name: {"paths": list(map(str, side.paths)), "arm": side.label} for side in (self.a, self.b)}
         return storage.json_bytes(sides | {"tests": list(map(_plain, self.tests)), "notes": [*self.notes]}).decode()
 
-    def _around(self, table: str, mark: str) -> str:
+    def _around(self, table: str, mark: str, shown: Callable[[str], str]) -> str:
         several = len(self.tests) > 1
         names = {id(test): " ".join(filter(None, (test.task, test.metric))) for test in self.tests}
         before = {id(test): f"{names[id(test)]}: " if several else "" for test in self.tests}
-        lines = [*(mark + _described(side) for side in (self.a, self.b)), "", table, ""]
-        lines += [mark + visible(before[id(test)] + _sentence(test)) for test in self.tests]
+        lines = [*(mark + shown(_described(side)) for side in (self.a, self.b)), "", table, ""]
+        lines += [mark + shown(before[id(test)] + _sentence(test)) for test in self.tests]
         if several:
             better, worse = (sum(test.answer == answer for test in self.tests) for answer in ("better", "worse"))
             total = counted(len(self.tests), "test")
@@ -54,7 +54,7 @@ class Compared:
                 of_tests.setdefault(note, []).append(names[id(test)])
         # A note that all tests share needs no names.
         said = [n if len(own) == len(self.tests) else f"{', '.join(own)}: {n}" for n, own in of_tests.items()]
-        lines += [mark + visible(f"note: {note}") for note in (*said, *self.notes)]
+        lines += [mark + shown(f"note: {note}") for note in (*said, *self.notes)]
         return "\n".join(lines) + "\n"
 
     def _table(self) -> Table:
@@ -88,7 +88,7 @@ def p_in_words(p: float) -> str:
 def _described(side: Side) -> str:
     more = f" and {len(side.paths) - 1} more" if len(side.paths) > 1 else ""
     paths = f"{side.paths[0]}{more}"
-    return visible(f"{side.name}: {f'{side.label} ({paths})' if side.label else paths}")
+    return f"{side.name}: {f'{side.label} ({paths})' if side.label else paths}"
 
 
 def _sentence(test: PairedTest) -> str:
@@ -96,7 +96,8 @@ def _sentence(test: PairedTest) -> str:
     said = {"better": "B is better than A", "worse": "B is worse than A", "not shown": "no difference is shown"}
     how = f"{unit.text(interval, '+')} {unit.words}, {test.test}"
     if test.alone is not None:
-        how += f" ({counted(test.alone[1], 'row')} right in B alone, {test.alone[0]:,} in A alone)"
+        what = "1" if test.lower_is_better else "right"
+        how += f" ({counted(test.alone[1], 'row')} {what} in B alone, {test.alone[0]:,} in A alone)"
     shown = ""
     if test.smallest is not None:
         shown = f" Such a test shows a difference of {unit.number(test.smallest)} with a chance of 80 %."
@@ -106,8 +107,9 @@ def _sentence(test: PairedTest) -> str:
 def _plain(test: PairedTest) -> dict[str, Any]:
     interval = test.difference.widest
     return {
-        "task": test.task,
-        "metric": test.metric,
+        # A name from a stranger's file may hold half of a character, which no file can.
+        "task": visible(test.task),
+        "metric": visible(test.metric),
         "split": test.split,
         "lower_is_better": test.lower_is_better,
         "rows": test.rows,
@@ -127,5 +129,5 @@ def _plain(test: PairedTest) -> dict[str, Any]:
         "unit": "fractions of 1" if test.unit is Unit.POINTS else test.unit.words,
         "shown": test.holds,
         "B_is": test.answer,
-        "notes": list(test.notes),
+        "notes": list(map(visible, test.notes)),
     }

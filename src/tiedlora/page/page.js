@@ -24,7 +24,7 @@
   // Numbers sort by value, everything else as text, and what is missing comes last either way.
   const key = (row, column) => {
     const text = row.cells[column].textContent.trim();
-    const bare = text.replace(/^[<>] /, "");
+    const bare = text.replace(/^(\[|[<>] )/, "");
     const number = parseFloat(bare.replace(/,/g, "").replace("−", "-"));
     return { text, number: /^[+\-−]?[\d.]/.test(bare) ? number : NaN, missing: text === "" || text === "–" };
   };

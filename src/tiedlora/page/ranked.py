@@ -18,7 +18,6 @@ from tiedlora.analysis.answers import Answer, Verdict
 from tiedlora.analysis.comparison import Estimate
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.ranking import RankedArm, is_at_equal_size
-from tiedlora.analysis.results import BASELINE
 from tiedlora.config.rates import NOT_SEARCHED, searched_lr
 from tiedlora.page import tables
 from tiedlora.page.figures import CSS_NAMES, GLYPHS, style
@@ -92,9 +91,9 @@ class ShownArm:
 
 def shown(ranking: Sequence[RankedArm]) -> list[ShownArm]:
     """The rows of a ranking, with the differences on one axis. Without LoRA, they are those from the best arm."""
-    axis, rows = difference_axis(ranking), []
+    axis, rows, has_lora = difference_axis(ranking), [], _has_lora(ranking)
     for arm in ranking:
-        interval, answer = _interval(arm), arm.answer
+        interval, answer = _interval(arm, has_lora), arm.answer
         colour, marker, _ = style(arm.group.arm)
         tone, word, about, holds = "soft", "", "", False
         if answer is not None:
@@ -132,21 +131,25 @@ def _about(answer: Answer) -> str:
 
 def difference_axis(ranking: Iterable[RankedArm]) -> tuple[float, float]:
     """The axis of the differences. What learned from shuffled targets is no rival, and may go beyond it."""
-    rivals = [arm for arm in ranking if not arm.group.is_control]
-    found = [(interval, arm.measure.sign) for arm in rivals if (interval := _interval(arm)) is not None]
+    arms = list(ranking)
+    rivals, has_lora = [arm for arm in arms if not arm.group.is_control], _has_lora(arms)
+    found = [(interval, arm.measure.sign) for arm in rivals if (interval := _interval(arm, has_lora)) is not None]
     return axis_of_differences(better_right(interval, sign) for interval, sign in found)
 
 
-def _interval(arm: RankedArm) -> Interval | None:
-    """The difference that is shown: from LoRA or, if the arm has none to compare with, from the best arm."""
-    if arm.lora is None and not arm.group.arm.is_size_of(BASELINE) and arm.from_best is not None:
-        return arm.from_best.widest
-    return arm.difference
+def _has_lora(ranking: Iterable[RankedArm]) -> bool:
+    """Whether any arm is compared with LoRA. Otherwise all are compared with the best one."""
+    return any(arm.lora is not None for arm in ranking)
+
+
+def _interval(arm: RankedArm, has_lora: bool) -> Interval | None:
+    """The difference that is shown: from LoRA, or from the best arm if no arm has a LoRA to compare with."""
+    return arm.difference if has_lora else _widest(arm.from_best)
 
 
 def compared_with(ranking: Sequence[RankedArm]) -> str:
     """What the differences are from, in words."""
-    if not any(arm.group.arm.is_size_of(BASELINE) for arm in ranking):
+    if not _has_lora(ranking):
         return "the best arm"
     alike = [arm.has_equal_size for arm in ranking if arm.lora is not None and not arm.group.is_control]
     return "LoRA of its size" if all(alike) else "LoRA"

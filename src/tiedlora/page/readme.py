@@ -122,8 +122,10 @@ def _verdicts(report: Report) -> Table:
 
 
 def _not_run(report: Report) -> str:
-    """The claims of which no task was run, in a line; empty if there are none."""
-    names = dict.fromkeys(verdict.claim.name for part in models(report, []) for verdict in part.not_run)
+    """The claims of which no task was run on any model, in a line; empty if there are none."""
+    verdicts = [verdict for part in models(report, []) for verdict in part.verdicts]
+    run = {verdict.claim.name for verdict in verdicts if verdict.verdict != Verdict.NOT_RUN}
+    names = dict.fromkeys(verdict.claim.name for verdict in verdicts if verdict.claim.name not in run)
     return f"Not run: {'; '.join(names)}." if names else ""
 
 

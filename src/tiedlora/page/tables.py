@@ -189,7 +189,7 @@ def pipe_table(table: Table) -> str:
 
 def markdown(text: str) -> str:
     """A text as Markdown shows it as it is, with its control characters made visible."""
-    return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", visible(text)) or " "
+    return re.sub(r"([\\`*_<>|\[\]&])", r"\\\1", visible(text)) or " "
 
 
 def to_csv(table: Table) -> str:

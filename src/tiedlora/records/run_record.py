@@ -216,7 +216,7 @@ class RunRecord:
     """Package -> installed version."""
     execution: Execution
     base: BaseModelRecord
-    trainable_params: StoredCount
+    trainable_params: Annotated[StoredCount, Field(gt=0)]
     share_of_lora: StoredNumber
     """Trainable parameters divided by those of the paper's LoRA at the same rank."""
     data: dict[Split, DataRecord]

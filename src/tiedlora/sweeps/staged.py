@@ -26,7 +26,7 @@ from tiedlora.analysis.answers import Answer, Verdict, answer_claims
 from tiedlora.analysis.claims import Claim, Pair, Side
 from tiedlora.analysis.groups import group_runs
 from tiedlora.analysis.runs import LeftOut, Run, Scorebook, read_run
-from tiedlora.config.identity import identity
+from tiedlora.config.identity import identity, leaves
 from tiedlora.config.trial_arm import TrialArm
 from tiedlora.errors import UserError
 from tiedlora.places import DATA
@@ -287,7 +287,8 @@ def run_deciding(sweep: Sweep, options: DecidingOptions, launch: Launch) -> None
     planned = claim_files.read(path)
     configs = [cell.config for cell in sweep.cells]
     names = {name for cell in sweep.cells for name in (cell.arm.configuration, cell.arm.name)}
-    claim_files.check_names(path, planned, names, {config.task.name: () for config in configs})
+    keys = {key for config in configs for key in leaves(identity(config))}
+    claim_files.check_names(path, planned, names, {config.task.name: () for config in configs}, keys)
     _check_sides(sweep, planned)
     if not all(config.score.splits for config in configs):
         raise UserError("score.splits=[]: the claims need scores; choose validation, test or both")
