@@ -133,6 +133,10 @@ SCRIPTS = {
     "a sweep that is not over": (f"sweep.py select {WORDS} seed=7", "1 of 1 cells are not finished"),
     "cells without a name": (f"sweep.py drop {WORDS}", "drop: name the cells by their ids, such as 'LoRA-*-s1-*'"),
     "cells that are none": (f"sweep.py retry {WORDS} 'LoRA-*'", "LoRA-*: is no cell of this sweep"),
+    "cells of a sweep that has not begun": (
+        f"sweep.py drop {WORDS} 'TABuv-*'",
+        "drop: no sweep of these words has been",
+    ),
     "two sweeps to watch": ("sweep.py watch one two", "watch: takes one sweep: its id, its name, its folder"),
     "no sweep to watch": ("sweep.py watch outputs=outputs", "has no sweeps/; start one with train.py --multirun"),
     "an option of another action": (f"sweep.py status {WORDS} --no-test", "--no-test: is for select; status"),

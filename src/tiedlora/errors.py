@@ -102,7 +102,7 @@ _OS_ERRORS = {
     errno.EACCES: "no permission to write there; change it, or choose another folder (outputs= or --out)",
     errno.EPERM: "writing there is not allowed; choose another folder (outputs= or --out)",
     errno.ENOTDIR: "a file is where a folder is needed; choose another folder (outputs= or --out)",
-    errno.EEXIST: "a file is where a folder is needed; remove it, or choose another folder (outputs= or --out)",
+    errno.EEXIST: "a file is where a folder is needed; choose another folder (outputs= or --out)",
     errno.EISDIR: "a folder is where a file is needed; remove it, or choose another folder (outputs= or --out)",
     errno.ELOOP: "a symbolic link leads to itself, or is not allowed there; remove it, or choose another folder",
     errno.ENAMETOOLONG: "the path is too long; choose a shorter one (outputs= or --out)",

@@ -29,7 +29,7 @@ from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs.verify import verify
 from tiedlora.tasks import Example, Task, load_examples, load_task
 from tiedlora.tasks.own_rows import OwnRows
-from tiedlora.tasks.rows import DataRow
+from tiedlora.tasks.rows import DataRow, RowError
 
 WORDS = ("task=rows", 'task.prompt="{text}\\nTopic:"', 'task.target=" {topic}"', "task.metrics=[exact_match]")
 TINY = ("model=tiny_llama", "train=tiny", "train.threads=1")
@@ -186,10 +186,12 @@ def test_all_kinds_of_files_give_the_same_examples(tmp_path):
     write_table(tmp_path / "a.csv", rows)
     write_table(tmp_path / "a[1] b.tsv", rows, "\t")
     write_lines(tmp_path / "a.jsonl", rows)
+    # As Excel writes it.
+    (tmp_path / "a8.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.csv").read_bytes())
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a[1] b.parquet")
     words = ("task.prompt='{text} {n} {none} {date}'", "task.stop=[]")
     found = [load_examples(own_task(f"task.files='{path}'", *words), "train", None) for path in tmp_path.glob("a*")]
-    assert len(found) == 4
+    assert len(found) == 5
     assert found[0][0].prompt.endswith("of two lines 007 NA 2026-01-02")
     assert all(examples == found[0] for examples in found)
 
@@ -267,6 +269,22 @@ def test_choices_are_a_list_columns_or_a_column_with_a_list():
     assert (numbered.target, numbered.references) == (" yes", ("0",))
     # The text of a choice comes before its number.
     assert one({**row, "topic": "0"}, "task.choices=[1,0]", metrics).references == ("1",)
+    # But numbers in a column may be either.
+    with pytest.raises(RowError, match="which is the text of choice 1 and the number of choice 2"):
+        one({**row, "topic": 2, "both": ["8", "2", "24"]}, "task.choices=both", metrics)
+    assert one({**row, "topic": 24, "both": [8, 2, 24]}, "task.choices=both", metrics).target == " 24"
+
+
+def test_a_column_without_a_name_ties_no_rows(tmp_path):
+    """A line that ends in a comma, or an index of pandas."""
+    path = write_table(tmp_path / "a.csv", [{**row, "": "0"} for row in ROWS])
+    assert len(load_examples(own_task(f"task.files={path}"), "train", None)) > len(ROWS) / 2
+
+
+def test_a_line_feed_of_a_shell_ends_an_answer_and_a_target_cannot_begin_with_its_end():
+    assert own_task('task.stop=["\\n\\n"]').config.stop == ["\n\n"]
+    with pytest.raises(RowError, match="the target holds '###', at which an answer ends"):
+        one({"text": "x", "topic": "### Title"}, 'task.stop=["###"]')
 
 
 def test_scores_are_those_of_the_built_in_tasks():
@@ -313,6 +331,7 @@ def test_a_subclass_has_files_and_templates_and_scores_of_its_own():
         ("lower", ("YES  it", "yes it"), ("yes.", "yes")),
         ("squad", ("The yes.", "yes"), ("yes it", "yes")),
         ("number", ("so 1,200 is it: $5.00.", "5.00"), ("none", "5")),
+        ("number", ("so it is 42...", "42"), ("5 ...", "...6")),
     ],
 )
 def test_answers_are_compared_in_a_form_by_name(form, same, other):

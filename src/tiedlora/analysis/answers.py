@@ -449,7 +449,7 @@ def _decide(claim: Claim, zero: str, sides: Sides, ended: Mapping[str, set[int]]
 def _never_decided(rule: Rule, sides: Sides) -> tuple[str, str] | None:
     """Why no number of seeds can give a verdict on these sides, and what can; None if seeds can."""
     if rule.needs_zero and sides.zero is None:
-        needs = "the base model's scores (the run again, with score.base=true force=true)"
+        needs = "the base model's scores (scripts/score.py RUN --split SPLIT --again)"
         return "the base model was not scored", needs
     if sides.method.shape[1] < 2:
         return "one row has no interval", "two or more rows"

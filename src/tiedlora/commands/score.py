@@ -54,6 +54,8 @@ def main(words: list[str]) -> None:
         metrics=arguments.metrics,
         forgetting=arguments.forgetting,
         drift=arguments.drift,
+        # A run that was scored without its base model gets it so.
+        base=config.score.base or arguments.again,
     )
     # A wrong name of a metric is an error, also if nothing is missing.
     wanted_scores(score.metrics, task, score.drift)

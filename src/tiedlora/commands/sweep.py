@@ -103,6 +103,11 @@ def steer(sweep: Sweep, what: str, patterns: list[str]) -> None:
     if not patterns:
         raise UserError(f"{what}: name the cells by their ids, such as 'LoRA-*-s1-*'; status lists them")
     run_ids = sweep.matching(patterns)
+    if not sweep.path.is_dir():
+        raise UserError(
+            f"{what}: no sweep of these words has been started ({sweep.id}); repeat the words of "
+            "its train.py --multirun after the ids"
+        )
     (sweep.control.drop if what == "drop" else sweep.control.retry)(run_ids)
     print("\n".join(run_ids))
 

@@ -190,15 +190,15 @@ def complete(config: Config) -> Config:
 def _complete_task(task: TaskConfig) -> TaskConfig:
     """The task with what decides its rows, and with the chat template that chat messages need (task=rows).
 
-    A shell hardly gives a line feed, so `\\n` in a template is one.
+    A shell hardly gives a line feed, so `\\n` in a template or in what ends an answer is one.
 
     Raises:
         UserError: a file of rows cannot be read.
     """
     if task.kind == OWN_ROWS:
-        prompt, target = (template.replace("\\n", "\n") for template in (task.prompt, task.target))
+        prompt, target, *stop = (text.replace("\\n", "\n") for text in (task.prompt, task.target, *task.stop))
         has_chat_template = task.chat_template or task.messages is not None
-        task = replace(task, prompt=prompt, target=target, chat_template=has_chat_template)
+        task = replace(task, prompt=prompt, target=target, stop=stop, chat_template=has_chat_template)
     files = {split: file for split in SPLITS if (file := getattr(task.files, split)) is not None}
     found = {}
     # A recorded configuration has them, and its files may be gone.

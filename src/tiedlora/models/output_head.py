@@ -48,6 +48,11 @@ def check(model: Any) -> None:
     Raises:
         UserError: they differ, so a loss from body and head would not be the model's; or they are not finite.
     """
+    if model.base_model is model:
+        raise UserError(
+            f"model: {type(model).__name__} has no body that ends before its output head, and the loss needs both; "
+            "choose another model"
+        )
     ids = torch.arange(1, 4, device=input_device(model))[None]
     # The fused attention of a CPU hides what is no number in q and k.
     with sdpa_kernel(SDPBackend.MATH):

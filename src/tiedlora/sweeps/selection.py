@@ -56,6 +56,8 @@ def select_rates(sweep: Sweep, by: str | None = None) -> Selection:
     """
     # What a person has dropped will not be run. It is no trial.
     cells = [cell for cell in sweep.cells if cell.state() == "done" or not sweep.control.is_dropped(cell.run_id)]
+    if not cells:
+        raise UserError(f"{sweep.id}: all of its cells are dropped; sweep.py retry puts them back")
     unfinished = sum(cell.state() not in ("done", "failed") for cell in cells)
     if unfinished:
         raise UserError(

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from tiedlora.tasks.gsm8k import flexible_number
+from tiedlora.tasks.gsm8k import FLEXIBLE
 from tiedlora.tasks.gsm8k import normalise as number_form
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ def squad_form(text: str) -> str:
 
 
 def last_number(text: str) -> str:
-    """The last number of a text, without commas, dollar signs and a final point; empty if there is none."""
-    number = flexible_number(text)
-    return "" if number is None else number_form(number)
+    """The last number of a text, without commas, dollar signs and final points; empty if there is none."""
+    numbers = [found for found in FLEXIBLE.findall(text) if re.search("[0-9]", found)]
+    return number_form(numbers[-1]).rstrip(".") if numbers else ""
 
 
 FORMS: dict[str, Callable[[str], str]] = {

@@ -159,7 +159,7 @@ class OwnRows(Task):
     @override
     def ties(self, row: DataRow, number: int) -> list[str]:
         """Rows with the same prompt stay in one split, and rows of one cluster."""
-        value = row.fields.get(self.config.cluster or "")
+        value = None if self.config.cluster is None else row.fields.get(self.config.cluster)
         return [f"prompt {self._prompt(row)}", *([] if value is None else [f"cluster {value}"])]
 
     def _prompt(self, row: DataRow) -> str:
@@ -233,8 +233,7 @@ class OwnRows(Task):
     def _checked_target(self, example: Example) -> Example:
         """Refuse a target that no answer could equal."""
         target = example.target.strip()
-        # What ends an answer counts after its first character.
-        if stop := next((stop for stop in self.config.stop if stop in target[1:]), None):
+        if stop := next((stop for stop in self.config.stop if stop in target), None):
             raise RowError(f"the target holds {stop!r}, at which an answer ends; set task.stop=[] or another end")
         if {*NORMALISED} & {*self.metrics} and not FORMS[self.config.normalise](target):
             raise RowError(f"nothing is left of the target {target!r:.80} by task.normalise={self.config.normalise}")
@@ -245,10 +244,17 @@ class OwnRows(Task):
         (name,) = fields_of(config.target)
         texts = self._choices(row)
         prompt, answer = render(config.prompt, row), render(f"{{{name}}}", row).strip()
+        numbered = int(answer) if answer in map(str, range(len(texts))) else None
         if answer in texts:
             correct = texts.index(answer)
-        elif answer in map(str, range(len(texts))):
-            correct = int(answer)
+            # The choices of a row may be numbers too, where those of a list in task.choices are known to its author.
+            if isinstance(config.choices, str) and numbered not in (None, correct):
+                raise RowError(
+                    f"the field {name!r} is {answer}, which is the text of choice {correct} and the number of choice "
+                    f"{numbered} (from 0); make them differ, such as by a unit behind each choice"
+                )
+        elif numbered is not None:
+            correct = numbered
         else:
             raise RowError(
                 f"the field {name!r} is {answer!r:.80}, which is no choice of {', '.join(texts):.200}, and no number "

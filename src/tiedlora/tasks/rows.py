@@ -100,7 +100,8 @@ def _read_table(path: Path, delimiter: str) -> list[DataRow]:
     """Rows of a UTF-8 table whose first line names the columns. Every value is a text; empty lines are skipped."""
     data = storage.read_bytes(path)
     try:
-        text = data.decode("utf-8")
+        # Excel begins its UTF-8 with a byte order mark.
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: is not UTF-8; save the file as UTF-8") from None
