@@ -70,7 +70,8 @@ def test_the_arms_of_the_first_pair_are_first_and_never_two_seeds_of_one(tmp_pat
 
 def test_hostile_and_long_texts_are_shortened_data_and_differ_beyond_the_shown_part(tmp_path):
     long = "x" * 2**20
-    run(tmp_path, [HOSTILE, long + "1", "", "", "", "e"], name="LoRA")
+    lora = run(tmp_path, [HOSTILE, long + "1", "", "", "", "e"], name="LoRA")
+    change_rows(lora / "scores" / "validation.answers.jsonl", lambda row: row.update(output="\ud800"), [3])
     run(tmp_path, [HOSTILE, long + "2", "", "", "", "e"], name="TABuv")
     (base,) = (tmp_path / "base").iterdir()
     change_rows(base, lambda row: row.update(references=[HOSTILE, long], output=long))
@@ -78,6 +79,7 @@ def test_hostile_and_long_texts_are_shortened_data_and_differ_beyond_the_shown_p
     (block,) = map(unpacked, sheet.texts)
     assert block["answers"][0][1] == visible_lines(HOSTILE)
     assert [answer.startswith("x" * browser.LONGEST + " … (") for answer in block["answers"][1]] == [True] * 3
+    assert "<U+D800>" in block["answers"][3]
     assert block["references"][0][0] == visible_lines(HOSTILE)
     assert sum(map(len, sheet.texts)) < 20_000
 

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from tiedlora import storage
 from tiedlora.errors import UserError
-from tiedlora.reading import Flag, StoredCount, StoredNumber, StoredText, is_number, typed, typed_json
+from tiedlora.reading import Flag, StoredCount, StoredNumber, StoredText, is_number, typed
 
 Score = StoredNumber | list[StoredNumber]
 """A number in [0, 1] (for a loss, nats per token), or the statistics of one row. A corpus-level metric comes from their
@@ -64,10 +64,10 @@ def parsed_row(path: Path, number: int, line: bytes) -> PredictionRow:
         UserError: it is no row; the message names file and line.
     """
     try:
-        row = typed_json(PredictionRow, line, "a row of scores")
+        row = typed(PredictionRow, storage.parse_json(line), "a row of scores")
         if row.log_likelihoods is not None and len(row.log_likelihoods) != len(row.choices or []):
             raise ValueError("'log_likelihoods' needs one number for each of 'choices'")
-    except (ValueError, UserError) as error:
+    except (ValueError, RecursionError, UserError) as error:
         raise UserError(f"{path}:{number}: is no row of scores ({error})") from None
     return row
 
