@@ -135,7 +135,7 @@ SCRIPTS = {
     "cells that are none": (f"sweep.py retry {WORDS} 'LoRA-*'", "LoRA-*: is no cell of this sweep"),
     "cells of a sweep that has not begun": (
         f"sweep.py drop {WORDS} 'TABuv-*'",
-        "drop: no sweep of these words has been",
+        ": this sweep has not been started; train.py --multirun starts it",
     ),
     "two sweeps to watch": ("sweep.py watch one two", "watch: takes one sweep: its id, its name, its folder"),
     "no sweep to watch": ("sweep.py watch outputs=outputs", "has no sweeps/; start one with train.py --multirun"),

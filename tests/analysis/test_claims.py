@@ -8,6 +8,7 @@ from helpers.report_runs import diverge, report_of_claim, scored_run, world
 
 from tiedlora.analysis import claims, rules
 from tiedlora.analysis.rules import better_by, retains
+from tiedlora.analysis.runs import Names
 from tiedlora.config import compose
 from tiedlora.errors import UserError
 from tiedlora.places import PROJECT
@@ -87,7 +88,7 @@ def test_mistakes_name_the_key(tmp_path, change, says):
 
 
 # What a claim can name: two runs' configurations, and the metrics that one of them has on a task of its own.
-RUNS = {"mine", "custom (mine)"}, {"own_task": {"accuracy"}, "squad": {"f1"}}, {"score.batch_tokens"}
+RUNS = Names({"mine", "custom (mine)"}, {"own_task": {"accuracy"}, "squad": {"f1"}}, {"score.batch_tokens"})
 NAMES = {
     "a configuration": (("on: TABuv", "on: TABvu"), "method.configuration=TABvu: no run here", "TABuv"),
     "a configuration of runs": (("on: TABuv", "on: mime"), "method.configuration=mime:", "mine"),
@@ -108,7 +109,7 @@ def test_a_name_that_exists_nowhere_is_refused_with_the_nearest(tmp_path, what):
     path = tmp_path / "claims.yaml"
     path.write_text(FILE.read_text().replace(old, new, 1))
     with pytest.raises(UserError) as refused:
-        claims.check_names(path, claims.read(path), *RUNS)
+        claims.check_names(path, claims.read(path), RUNS)
     message = str(refused.value)
     assert message.startswith(f'{path}: claim "TABuv at rank 8 keeps 90 % of LoRA\'s gain at equal rank": ')
     assert says in message
@@ -119,7 +120,7 @@ def test_an_earlier_name_is_answered_with_the_new_one(tmp_path):
     path = tmp_path / "claims.yaml"
     path.write_text(FILE.read_text().replace("on: TABuv", "on: TABuv_v0", 1))
     with pytest.raises(UserError, match=r"method\.configuration=TABuv_v0: TABuv_v0 is TABuv now"):
-        claims.check_names(path, claims.read(path), *RUNS)
+        claims.check_names(path, claims.read(path), RUNS)
 
 
 def test_what_exists_in_conf_or_in_the_runs_can_be_claimed(tmp_path):
@@ -127,7 +128,10 @@ def test_what_exists_in_conf_or_in_the_runs_can_be_claimed(tmp_path):
     for tasks in ("[own_task]", "{own_task: accuracy, squad: exact_match, gsm8k: target_loss}", "{iwslt2017: bleu}"):
         path = tmp_path / "claims.yaml"
         path.write_text(text.replace("tasks: []", f"tasks: {tasks}").replace("LoRA, rank: 1", "LoRA_l22, rank: 1"))
-        claims.check_names(path, claims.read(path), *RUNS)
+        claims.check_names(path, claims.read(path), RUNS)
+    # A key that only the runs have.
+    path.write_text(text.replace("tasks: []", "tasks: []\n    where: {score.batch_tokens: 4096}"))
+    claims.check_names(path, claims.read(path), RUNS)
 
 
 def test_a_broken_task_of_conf_is_an_error_and_no_task_without_metrics(tmp_path, monkeypatch):
@@ -138,7 +142,7 @@ def test_a_broken_task_of_conf_is_an_error_and_no_task_without_metrics(tmp_path,
     task = tmp_path / "task" / "squad.yaml"
     task.write_text(task.read_text().replace("max_new_tokens: ", "max_new_tokens: many "))
     with pytest.raises(UserError, match="max_new_tokens"):
-        claims.check_names(path, claims.read(path), *RUNS)
+        claims.check_names(path, claims.read(path), RUNS)
 
 
 # Which groups a claim compares.

@@ -149,7 +149,7 @@ class TestStatistics:
     def test_five_rows_that_differ_show_nothing(self, tmp_path):
         (test,) = compared(scored(tmp_path / "a", [0] * 20), scored(tmp_path / "b", [1] * 5 + [0] * 15))
         assert (test.smallest, test.answer) == (None, "not shown")
-        assert "only 5 rows with a difference, and the exact test needs 6" in test.notes
+        assert "only 5 rows differ, and the exact test needs 6" in test.notes
 
     def test_of_one_seed_it_is_students_paired_test(self):
         values = np.random.default_rng(0).normal(0.05, 0.3, (1, 120))

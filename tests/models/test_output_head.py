@@ -46,6 +46,13 @@ def test_likelihoods_of_choices_are_those_of_the_models_own_logits(family):
     assert found == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_a_model_without_a_body_of_its_own_is_refused():
+    model = family_model("llama")
+    model.base_model_prefix = "nowhere"
+    with pytest.raises(UserError, match="LlamaForCausalLM has no body that ends before its output head"):
+        output_head.check(model)
+
+
 def test_a_model_with_an_unknown_rule_is_refused():
     model = family_model("llama")
     model.lm_head.register_forward_hook(lambda _module, _inputs, output: output)

@@ -183,6 +183,14 @@ def test_without_a_base_there_is_no_gain_and_no_file_of_it(config):
     assert not wrong(folder)
 
 
+def test_scores_that_are_made_again_have_their_base_also_if_the_run_had_none(config, script):
+    run.main(config("score.base=false", "score.splits=[test]"))
+    folder = folder_of(config())
+    assert not read_run_scores(folder).base_metrics("test")
+    assert script("scripts/score.py", folder.path, "--split", "test", "--metrics", TARGET_LOSS, "--again")[0] == 0
+    assert set(read_run_scores(folder).base_metrics("test")) == {TARGET_LOSS, TARGET_LOSS_BY_TOKEN}
+
+
 def test_the_place_of_added_scores_is_that_of_their_process(config, monkeypatch):
     folder = folder_of(config())
     (before,) = read_run_scores(folder).of("validation")

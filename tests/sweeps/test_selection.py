@@ -87,6 +87,13 @@ def test_a_dropped_cell_is_no_trial(tiny_run, finish):
     assert choice.trials == 3
 
 
+def test_of_a_sweep_whose_cells_are_all_dropped_nothing_is_chosen(tiny_run):
+    sweep = compose_sweep(tiny_run("seed=0,1"))
+    sweep.control.drop([cell.run_id for cell in sweep.cells])
+    with pytest.raises(UserError, match=r"all of its cells are dropped; sweep\.py retry puts them back"):
+        selection.select_rates(sweep)
+
+
 def test_selection_json_is_read_as_it_was_written_and_damage_is_one_line_that_names_file_and_key(tiny_run, chosen):
     file = compose_sweep(tiny_run()).path / "selection.json"
     write_selection(file, chosen)

@@ -15,7 +15,7 @@ from tiedlora import storage, tying
 from tiedlora.analysis import rules
 from tiedlora.analysis.groups import Blend, Peer, RunGroup, curve, point
 from tiedlora.analysis.rules import Plan, Rule
-from tiedlora.analysis.runs import NotComparable
+from tiedlora.analysis.runs import Names, NotComparable
 from tiedlora.config import compose
 from tiedlora.config.explain import options
 from tiedlora.config.identity import identity, leaves
@@ -121,7 +121,7 @@ class _Entry:
     """In the score's unit: 0.02 is two points."""
     level_within: Annotated[StoredNumber, Field(ge=0.001, lt=1)] | None = None
     """A share of the comparator's gain."""
-    where: dict[StoredText, StoredText | StoredNumber | Flag] = field(default_factory=dict)
+    where: dict[StoredText, StoredText | StoredWhole | StoredNumber | Flag] = field(default_factory=dict)
     """Configuration keys and the values that runs must have, such as {train.steps: 256}. Without it, every setting of
     the tasks that was run counts."""
     floor: Arm | None = None
@@ -263,22 +263,18 @@ def read(path: Path) -> list[Claim]:
     return claims
 
 
-def check_names(
-    path: Path,
-    claims: Iterable[Claim],
-    configurations: Iterable[str],
-    metrics: Mapping[str, Iterable[str]],
-    keys: Iterable[str],
-) -> None:
-    """Refuse a claim about what does not exist, which would be reported as not run for ever. Valid are the options of
-    conf/ and what the runs have: `configurations`, `metrics` by task, and the dotted `keys` of their identities.
+def check_names(path: Path, claims: Iterable[Claim], names: Names) -> None:
+    """Refuse a claim about what does not exist, which would be reported as not run for ever.
+
+    Args:
+        names: what the runs have. Valid are also the options of conf/, and what decides a run of the defaults.
 
     Raises:
         UserError: naming the claim, the key and the nearest valid name.
     """
-    known = {*options("tying"), *configurations}
-    tasks = {*options("task"), *metrics}
-    deciding = {*_default_keys(), *keys}
+    known = {*options("tying"), *names.configurations}
+    tasks = {*options("task"), *names.metrics}
+    deciding = {*_default_keys(), *names.keys}
     for claim in claims:
         where = f"{path}: claim {claim.name!r:.80}"
         for key, side in claim.sides.items():
@@ -294,10 +290,10 @@ def check_names(
         for task, metric in claim.tasks.items():
             if task not in tasks:
                 raise UserError(f"{where}: tasks: {task:.80}: {NO_SUCH} task{nearest(task, tasks)}")
-            names = {*_own_metrics(task), *metrics.get(task, ())}
-            if metric and names and metric not in names:
-                known_names = f"it has {', '.join(sorted(names))}{nearest(metric, names)}"
-                raise UserError(f"{where}: tasks: {task} has no metric {metric:.80}; {known_names}")
+            metrics = {*_own_metrics(task), *names.metrics.get(task, ())}
+            if metric and metrics and metric not in metrics:
+                known_metrics = f"it has {', '.join(sorted(metrics))}{nearest(metric, metrics)}"
+                raise UserError(f"{where}: tasks: {task} has no metric {metric:.80}; {known_metrics}")
 
 
 @functools.cache

@@ -444,7 +444,8 @@ def level_of(differences: Array, clusters: Clusters | None = None) -> float:
 
 
 def smallest_shown(differences: Array, clusters: Clusters | None = None) -> float:
-    """The smallest mean difference that `level_of` shows at 5 % with POWER, if rows and seeds vary as here.
+    """The smallest mean difference that `level_of` shows at 5 % with POWER, if rows and seeds vary as here; 0 if
+    they do not vary.
 
     It is half the width of the 95 % interval, and as much again as the estimate stays above its lower end with POWER.
 
@@ -454,9 +455,11 @@ def smallest_shown(differences: Array, clusters: Clusters | None = None) -> floa
     levels = (1 - LEVEL, 2 * (1 - POWER))
     if len(differences) > 1:
         squares = mean_squares(differences, clusters)
-        return float(sum(squares.half_width(level) for level in levels))
-    freedom = differences.shape[1] - 1 if clusters is None else clusters.freedom
-    return sum(_t_quantile(level, freedom) for level in levels) * _error_of_mean(differences[0], clusters)
+        found = float(sum(squares.half_width(level) for level in levels))
+    else:
+        freedom = differences.shape[1] - 1 if clusters is None else clusters.freedom
+        found = sum(_t_quantile(level, freedom) for level in levels) * _error_of_mean(differences[0], clusters)
+    return found if found > ROUNDING else 0.0
 
 
 # The losses of rows.

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -187,17 +187,30 @@ def read_runs(roots: Iterable[Path]) -> tuple[list[Run], list[LeftOut]]:
     return list(runs.values()), left_out
 
 
-def names_of(runs: Iterable[Run]) -> tuple[set[str], dict[str, set[str]], set[str]]:
-    """What a claim about these runs can name: the configurations, task -> its recorded metrics, and the dotted keys of
-    their identities.
-    """
-    configurations, keys = set[str](), set[str]()
-    metrics: dict[str, set[str]] = {}
+@dataclass(frozen=True)
+class Names:
+    """What a claim about some runs can name."""
+
+    configurations: set[str] = field(default_factory=set)
+    metrics: dict[str, set[str]] = field(default_factory=dict)
+    """Task -> its recorded metrics."""
+    keys: set[str] = field(default_factory=set)
+    """The dotted keys of the runs' identities."""
+
+    def add(self, arm: TrialArm, task: str, metrics: Iterable[str], identity: Mapping[str, Any]) -> None:
+        """Add what one run has."""
+        self.configurations.update((arm.configuration, arm.name))
+        self.metrics.setdefault(task, set()).update(metrics)
+        self.keys.update(leaves(identity))
+
+
+def names_of(runs: Iterable[Run]) -> Names:
+    """What a claim about these runs can name."""
+    names = Names()
     for run in runs:
-        configurations |= {run.arm.configuration, run.arm.name}
-        metrics.setdefault(run.task, set()).update(*map(run.scores.metrics, run.scores.splits))
-        keys.update(leaves(run.record.identity.tree))
-    return configurations, metrics, keys
+        metrics = (metric for split in run.scores.splits for metric in run.scores.metrics(split))
+        names.add(run.arm, run.task, metrics, run.record.identity.tree)
+    return names
 
 
 def read_selections(roots: Iterable[Path]) -> tuple[list[Selection], list[LeftOut]]:

@@ -346,8 +346,7 @@ def _test(
     else:
         test = f"t over {'seeds and ' if seeds > 1 else ''}{'rows' if clusters is None else 'clusters'}"
         p, alone = intervals.level_of(differences, clusters), None
-        smallest = intervals.smallest_shown(differences, clusters)
-        smallest = smallest if smallest > intervals.ROUNDING else None
+        smallest = intervals.smallest_shown(differences, clusters) or None
     runs = [[output for output in side if isinstance(output, Run)] for side in (ours, theirs)]
     files = [output for output in (*theirs, *ours) if isinstance(output, RowFile)]
     # A metric of another program may be of any size.
@@ -385,13 +384,14 @@ def _notes_on_rows(test: PairedTest, rows: RowScores, differences: Array) -> lis
     if rows.named_clusters and rows.clusters is None:
         notes[-1] = f"warning: {notes[-1]}; to hold for others, they need 5 clusters, or more if their sizes differ"
     differing = int((differences != 0).any(0).sum())
+    only = f"only {counted(differing, 'row')} {'differs' if differing == 1 else 'differ'}"
     if not differing:
         notes.append("A and B have the same score in every row")
     elif test.test == "exact McNemar":
         if test.smallest is None:
-            notes.append(f"only {counted(differing, 'row')} with a difference, and the exact test needs 6")
+            notes.append(f"{only}, and the exact test needs 6")
     elif differing < FEW_EXAMPLES:
-        notes.append(f"only {counted(differing, 'row')} with a difference, so the interval may be too narrow")
+        notes.append(f"{only}, so the interval may be too narrow")
     interval = test.difference.widest
     if not math.isnan(interval.low) and (test.p <= rules.TOTAL) != (interval.low > 0 or interval.high < 0):
         notes.append(f"the interval and the test ({test.test}) disagree at 5 %, so it is close; the test decides")

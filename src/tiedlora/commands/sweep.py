@@ -103,11 +103,7 @@ def steer(sweep: Sweep, what: str, patterns: list[str]) -> None:
     if not patterns:
         raise UserError(f"{what}: name the cells by their ids, such as 'LoRA-*-s1-*'; status lists them")
     run_ids = sweep.matching(patterns)
-    if not sweep.path.is_dir():
-        raise UserError(
-            f"{what}: no sweep of these words has been started ({sweep.id}); repeat the words of "
-            "its train.py --multirun after the ids"
-        )
+    check_started(sweep.path)
     (sweep.control.drop if what == "drop" else sweep.control.retry)(run_ids)
     print("\n".join(run_ids))
 
@@ -130,10 +126,17 @@ def started_sweep(what: str, words: list[str], names: list[str]) -> Path | None:
     return status.find_sweep(outputs.absolute(), *names)
 
 
+def check_started(folder: Path) -> None:
+    """Refuse the folder of a sweep that nobody has started. Other words are another sweep."""
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder.name}: this sweep has not been started; train.py --multirun starts it, with these words"
+        )
+
+
 def show_live(folder: Path) -> None:
     """Watch the sweep in this folder."""
-    if not folder.is_dir():
-        raise UserError(f"{folder.name}: this sweep has not been started; train.py --multirun starts it")
+    check_started(folder)
     if not status.watch(folder):
         raise SystemExit(1)
 

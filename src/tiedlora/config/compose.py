@@ -474,8 +474,7 @@ def _overrides(config: Config) -> list[str]:
     task = "rows" if config.task.kind == OWN_ROWS else config.task.name
     model = models.get(config.model.name, own_model.OPTION if config.model.source == "hub" else "")
     chosen = {"model": model, "task": task, "tying": arm_of(config).option}
-    chosen |= {"objective": config.objective.name, "rank": f"r{config.rank.r}"}
-    chosen["train"] = _nearest_train(config)
+    chosen |= {"objective": config.objective.name, "rank": f"r{config.rank.r}", "train": _nearest_train(config)}
     defaults = [entry for entry in OmegaConf.load(CONF / "config.yaml").defaults if not isinstance(entry, str)]
     words = []
     for group, name in chosen.items():

@@ -116,7 +116,7 @@ def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path,
                 f"--to merged: is for this project's own adapters; export the run with --to peft, and use PEFT's "
                 f"merge_and_unload if {config.tying.method} has it"
             )
-        if options.form == "peft" and not (run.adapter / PEFT_FILE).is_file():
+        if options.form == "peft" and config.tying.method in REGISTERED:
             raise UserError(
                 f"--to peft: PEFT does not know {config.tying.method}, a method of another program; --to hub-card "
                 "copies the adapter for tiedlora.load, after that program has registered it"
@@ -196,12 +196,19 @@ def card(record: RunRecord, scores: RunScores, config: Config, options: ExportOp
         embedded=_embedded(config.model),
         base=base_to_load(config.model),
         label=record.arm.configuration,
-        is_foreign=config.tying.method in REGISTERED,
+        kind=_kind(config.tying.method),
         made_with=[code for code in record.code_versions if code.commit is not None or code.version is not None],
         command=compose.command(config),
         options=options,
         task=task,
     )
+
+
+def _kind(method: str | None) -> str:
+    """What a card calls an adapter: of whom its method is."""
+    if method is None:
+        return "tied"
+    return "full" if method == FULL else "foreign" if method in REGISTERED else "peft"
 
 
 def _embedded(model: ModelConfig) -> EmbeddedModel | None:

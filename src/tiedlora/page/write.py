@@ -108,7 +108,7 @@ def build(roots: Sequence[Path], *, claims: Path | None = None, split: str | Non
     roots = run_roots(roots)
     runs, left_out = read_runs(roots)
     if claims:
-        claim_files.check_names(claims, stated, *names_of(runs))
+        claim_files.check_names(claims, stated, names_of(runs))
     selections, damaged = read_selections(roots)
     left_out = [*left_out, *damaged]
     groups = group_runs(runs, left_out, selections)

@@ -25,8 +25,8 @@ from tiedlora.analysis import claims as claim_files
 from tiedlora.analysis.answers import Answer, Verdict, answer_claims
 from tiedlora.analysis.claims import Claim, Pair, Side
 from tiedlora.analysis.groups import group_runs
-from tiedlora.analysis.runs import LeftOut, Run, Scorebook, read_run
-from tiedlora.config.identity import identity, leaves
+from tiedlora.analysis.runs import LeftOut, Names, Run, Scorebook, read_run
+from tiedlora.config.identity import identity
 from tiedlora.config.trial_arm import TrialArm
 from tiedlora.errors import UserError
 from tiedlora.places import DATA
@@ -286,9 +286,10 @@ def run_deciding(sweep: Sweep, options: DecidingOptions, launch: Launch) -> None
     path = Path(options.claims) if Path(options.claims).exists() else DATA / options.claims
     planned = claim_files.read(path)
     configs = [cell.config for cell in sweep.cells]
-    names = {name for cell in sweep.cells for name in (cell.arm.configuration, cell.arm.name)}
-    keys = {key for config in configs for key in leaves(identity(config))}
-    claim_files.check_names(path, planned, names, {config.task.name: () for config in configs}, keys)
+    names = Names()
+    for cell in sweep.cells:
+        names.add(cell.arm, cell.config.task.name, (), identity(cell.config))
+    claim_files.check_names(path, planned, names)
     _check_sides(sweep, planned)
     if not all(config.score.splits for config in configs):
         raise UserError("score.splits=[]: the claims need scores; choose validation, test or both")
