@@ -205,7 +205,7 @@ def card(record: RunRecord, scores: RunScores, config: Config, options: ExportOp
 
 
 def _kind(method: str | None) -> str:
-    """What a card calls an adapter: of whom its method is."""
+    """Whose method it is: tied (ours), full (all weights), foreign (of another program) or peft."""
     if method is None:
         return "tied"
     return "full" if method == FULL else "foreign" if method in REGISTERED else "peft"
