@@ -115,6 +115,18 @@ def test_a_full_grid_continues_the_pruned_runs_exactly_and_trains_no_finished_on
     assert (sweep.path / "selection.json").read_text() == decided
 
 
+def test_a_search_that_goes_on_with_other_options_says_so(searched, caplog):
+    sweep, _ = searched
+    decided = (sweep.path / "selection.json").read_text()
+    staged.run_staged(sweep, OPTIONS, Here())
+    assert "other options" not in caplog.text
+    staged.run_staged(sweep, search_options(rungs=[], highest_rate=0.5), Here())
+    (said,) = [line for line in caplog.messages if "other options" in line]
+    assert said.endswith("made anew: rungs [2, 4] -> [], highest 1.0 -> 0.5")
+    staged.run_staged(sweep, OPTIONS, Here())
+    assert (sweep.path / "selection.json").read_text() == decided
+
+
 def test_a_failure_that_is_no_divergence_is_named_and_tried_again(tiny_run, capsys):
     sweep = compose_sweep(tiny_run(*GRID))
 

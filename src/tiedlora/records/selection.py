@@ -6,7 +6,7 @@ selection.json lies beside the sweep's frozen cells.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from tiedlora import storage
@@ -93,6 +93,10 @@ class RateSearch:
     """The level at which a rate left the race, if there was one."""
     race_within: StoredNumber | None = None
     """How level the rates had to be for the race to end, in nats. Races of an earlier version had no such end."""
+
+
+SEARCH_OPTIONS = tuple(item.name for item in fields(RateSearch) if item.name not in ("group", "decisions"))
+"""What a search was told: with other values it may decide otherwise."""
 
 
 @dataclass(frozen=True)

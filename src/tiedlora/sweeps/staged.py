@@ -32,7 +32,16 @@ from tiedlora.errors import UserError
 from tiedlora.places import DATA
 from tiedlora.records.rows import read_validation_losses
 from tiedlora.records.scores import read_run_scores
-from tiedlora.records.selection import LOSS, SELECTION_FILE, RateChoice, RateSearch, Selection, write_selection
+from tiedlora.records.selection import (
+    LOSS,
+    SEARCH_OPTIONS,
+    SELECTION_FILE,
+    RateChoice,
+    RateSearch,
+    Selection,
+    read_selection,
+    write_selection,
+)
 from tiedlora.sweeps import selection
 from tiedlora.sweeps.cells import PLAN_FILE, VERDICTS_FILE, Goal, Sweep, SweepCell, rate_groups
 from tiedlora.sweeps.expand import DecidingOptions, SearchOptions
@@ -40,6 +49,11 @@ from tiedlora.sweeps.launching import Launch, changed_inputs, check_scoring, end
 from tiedlora.sweeps.staged_search import Observation, SearchPlan, SearchStage, rung_steps
 
 log = logging.getLogger(__name__)
+
+
+def _shown(value: object) -> str:
+    """The value of an option of a search, for a message."""
+    return "none" if value is None else str(value)
 
 
 class Search:
@@ -156,7 +170,12 @@ class StagedSweep:
             self.searches.append(Search(name, cells, options, seeds))
 
     def search(self) -> None:
-        """Launch what the searches ask for until they have ended, or need a run that has failed."""
+        """Launch what the searches ask for until they have ended, or need a run that has failed.
+
+        Raises:
+            UserError: a file of a run, or the selection.json of an earlier start, is damaged.
+        """
+        is_first = True
         while True:
             for search in self.searches:
                 search.decide()
@@ -166,7 +185,11 @@ class StagedSweep:
                         folder = search.cell(made.lr, made.seed).folder
                         if folder.state() == "interrupted":
                             storage.write_bytes(folder.pruned_file, f"{made.reason}\n".encode())
-            write_selection(self.sweep.path / SELECTION_FILE, self.selection())
+            decided = self.selection()
+            if is_first:
+                self._warn_of_other_options(decided)
+                is_first = False
+            write_selection(self.sweep.path / SELECTION_FILE, decided)
             # Such as `21 cells to step 20, 2 cells to the end`.
             goals = Counter(
                 "are scored" if request.score else f"to step {request.until}" if request.until else "to the end"
@@ -176,6 +199,30 @@ class StagedSweep:
             what = ", ".join(f"{count} cells {goal}" for goal, count in goals.items())
             if not self.run([cell for search in self.searches for cell in search.next_cells()], what):
                 return
+
+    def _warn_of_other_options(self, decided: Selection) -> None:
+        """Say which options of the search differ from those of an earlier start: all decisions are made anew by them.
+
+        Raises:
+            UserError: the selection.json of that start is damaged.
+        """
+        path = self.sweep.path / SELECTION_FILE
+        earlier = {search.group: search for search in read_selection(path).searches} if path.exists() else {}
+        for search in decided.searches:
+            if (before := earlier.get(search.group)) is None:
+                continue
+            changed = [
+                f"{name} {_shown(getattr(before, name))} -> {_shown(getattr(search, name))}"
+                for name in SEARCH_OPTIONS
+                if getattr(before, name) != getattr(search, name)
+            ]
+            if changed:
+                log.warning(
+                    "%s: %s: the search goes on with other options, so its decisions are made anew: %s",
+                    self.sweep.id,
+                    search.group,
+                    ", ".join(changed),
+                )
 
     def run(self, cells: Sequence[SweepCell], what: str) -> bool:
         """Launch the cells that are new, and return when they have ended. Whether the searches should decide again.
