@@ -477,6 +477,12 @@ FILE_MISTAKES = {  # name of the file, its content, more words -> what the messa
         "CHAT task.messages=m",
         "a.jsonl:1: the field 'm' must be a list of messages, each with the texts 'role' and 'content', and is [",
     ),
+    "messages with a call of a tool": (
+        "a.jsonl",
+        '{"m": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}]}\n',
+        "CHAT task.messages=m",
+        "a.jsonl:1: the field 'm' has tool_calls, which are not trained; leave such rows out",
+    ),
     "messages without an answer": (
         "a.jsonl",
         '{"m": [{"role": "assistant", "content": "y"}, {"role": "user", "content": "x"}]}\n',

@@ -292,6 +292,9 @@ class OwnRows(Task):
                 f"the field {name!r} must be a list of messages, each with the texts 'role' and 'content', and is "
                 f"{json.dumps(turns, default=str, ensure_ascii=False):.120}"
             )
+        if any(turn.get("tool_calls") for turn in turns):
+            # The template would show them, and no metric here scores them.
+            raise RowError(f"the field {name!r} has tool_calls, which are not trained; leave such rows out")
         turns = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
             raise RowError(f"the field {name!r} must end with a message of the assistant, after one that it answers")
