@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import pytest
 from helpers.hostile import snapshot
 from helpers.tiny import composed, model_option, saved_tiny
-from transformers import AutoModelForCausalLM, BertConfig, OPTConfig, T5Config
+from transformers import AutoModelForCausalLM, BertConfig, FalconH1Config, OPTConfig, T5Config
 
 from tiedlora import storage
 from tiedlora.config import compose, own_model
@@ -187,6 +187,10 @@ def other_family(folder):
     settings.save_pretrained(folder)
 
 
+def linear_attention(folder):
+    FalconH1Config(hidden_size=32, num_hidden_layers=1, vocab_size=257).save_pretrained(folder)
+
+
 MISTAKES = {  # what is changed in the folder `mine`, the words, and what the line says
     "no folder": (plain, "model.path=nowhere", "nowhere: no such folder or file; a relative path starts at"),
     "no config.json": (
@@ -234,6 +238,11 @@ MISTAKES = {  # what is changed in the folder `mine`, the words, and what the li
         "model.path=mine",
         "family=opt: its layout is unknown; known are gemma, gemma2, gemma3_text, gpt2, gpt_neox, llama, mistral, "
         "olmo2, phi3, qwen2, qwen3, smollm3; its linear layers are model.decoder.layers.*.self_attn.k_proj (32 x 32)",
+    ),
+    "layers of linear attention beside the others": (
+        linear_attention,
+        "model.path=mine",
+        "mine: falcon_h1 has layers of linear attention (such as Mamba's), which cannot be scored here; take",
     ),
     "heads that do not fit": (
         lambda folder: change(folder, num_attention_heads=7),

@@ -140,19 +140,27 @@ def unloaded_model(model: ModelConfig, path: Path | None) -> Any:
 
 def _unloaded(path: Path | None, model: ModelConfig) -> Any:
     import torch  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM, DynamicCache  # noqa: PLC0415
+    from transformers.cache_utils import LinearAttentionLayer  # noqa: PLC0415
 
     quieten()
     settings = _hub_settings(model.name, model.revision) if path is None else _settings(path)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(settings, trust_remote_code=False)  # type: ignore[no-untyped-call]
+            unloaded = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)  # type: ignore[no-untyped-call]
     except Exception as error:  # transformers says by all kinds of errors that a number is none or does not fit
         if is_out_of_memory(error):
             raise
         raise UserError(
             f"{path or model.name}: is no causal language model of transformers ({reason(error)}); take another one"
         ) from None
+    if any(isinstance(layer, LinearAttentionLayer) for layer in DynamicCache(config=unloaded.config).layers):
+        # Padding and choices that share a prompt (scoring/decoding.py) need the keys and values of each token.
+        raise UserError(
+            f"{path or model.name}: {settings.model_type} has layers of linear attention (such as Mamba's), which "
+            "cannot be scored here; take a model whose layers all keep keys and values"
+        )
+    return unloaded
 
 
 def quieten() -> None:
