@@ -372,3 +372,9 @@ def test_a_forecast_adds_up_the_sweeps_and_counts_shared_cells_once(folder, scri
     assert code == 0, err
     (row,) = [line for line in out.splitlines() if " chain_sum " in line]
     assert row.split()[2] == "3"
+
+
+def test_a_mistake_in_the_words_of_a_forecast_is_not_said_of_the_plan_alone(folder, script):
+    code, _, err = script("scripts/study.py", "forecast", folder, "train.stepz=3")
+    assert code == 2
+    assert "study.yaml: part first with train.stepz=3: train.stepz: unknown key (did you mean train.steps?)" in err

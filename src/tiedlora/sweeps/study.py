@@ -134,7 +134,8 @@ class Study:
                 try:
                     sweep = compose_sweep([*words, *more, place], composers)
                 except UserError as error:
-                    raise UserError(f"{PLAN}: part {part.name}: {error}") from None
+                    beside = f" with {' '.join(more)}" if more else ""
+                    raise UserError(f"{PLAN}: part {part.name}{beside}: {error}") from None
                 planned.append((part.name, words, sweep))
         return planned
 
