@@ -96,6 +96,7 @@ def test_one_seed_has_no_interval(tmp_path):
 def test_what_cannot_be_compared_has_no_lead(tmp_path):
     trained(tmp_path, "LoRA", 8, 0, 1.4)
     trained(tmp_path, "TABuv", 8, 0, 1.5)
+    trained(tmp_path, "LoRA_l10", 2, 0, 1.5)
     trained(tmp_path, "TAuv", 8, 0, 1.5, tokens=[1, 3, 5])
     trained(tmp_path, "Tuv", 8, 0, 1.5, changes={"data.train.digest": "1" * 64})
     trained(tmp_path, "TAB", 8, 0, 1.5, steps=(64,))

@@ -12,6 +12,7 @@ import numpy as np
 from tiedlora.analysis.groups import Peer, RunGroup
 from tiedlora.analysis.intervals import Array, both_interval, loss_contrast
 from tiedlora.analysis.ranking import RankedArm
+from tiedlora.analysis.results import BASELINE
 from tiedlora.analysis.runs import Measure
 from tiedlora.records.interval import Interval
 from tiedlora.records.rows import ValidationLosses
@@ -39,15 +40,17 @@ class LeadAtStep:
 def leads(rankings: Sequence[Sequence[RankedArm]]) -> list[list[LeadAtStep]]:
     """For each arm that a ranking compares with LoRA, its leads in the order of the steps.
 
-    The seeds are those that both have scores of, as in the ranking. An arm that learned anything else than the rows'
-    targets has no lead, because its loss on them says nothing. Nor has one without two validations with a loss for
-    every row, or with other validation rows than LoRA.
+    The seeds are those that both have scores of, as in the ranking. A LoRA has no lead, because it is what the others
+    are compared with. An arm that learned anything else than the rows' targets has none, because its loss on them says
+    nothing. Nor has one without two validations with a loss for every row, or with other validation rows than LoRA.
     """
     found, seen = [], set()
     by_seed = functools.cache(_by_seed)
     for arm in (arm for ranking in rankings for arm in ranking):
         # A setting has a ranking for each metric, and one training.
-        if arm.lora is None or arm.from_lora is None or arm.group.arm.trained_for or arm.group in seen:
+        if arm.lora is None or arm.from_lora is None or arm.group in seen:
+            continue
+        if arm.group.arm.trained_for or arm.group.arm.family == BASELINE:
             continue
         seen.add(arm.group)
         try:
