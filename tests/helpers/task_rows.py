@@ -37,6 +37,9 @@ GOOD = {
     "dialogsum": {"id": "train_1", "dialogue": "#Person1#: Hi.", "summary": "#Person1# greets.", "topic": "greeting"},
     "iwslt2017": {"translation": {"de": "Vielen Dank.", "en": "Thank you."}},
 }
+WORDS = ("task=rows", 'task.prompt="{text}\\nTopic:"', 'task.target=" {topic}"', "task.metrics=[exact_match]")
+"""A command on rows of one's own, without its files."""
+TINY = ("model=tiny_llama", "train=tiny", "train.threads=1")
 SENTINEL = "\u2603 sentinel 12345"
 RELABELLED = {
     # Other values of the target fields, with which each row is still valid.

@@ -1,7 +1,6 @@
-"""task=rows: files, templates and metrics by name; what is cut from one file; and mistakes, each in one line."""
+"""task=rows: files, templates and metrics by name; what is cut from one file."""
 
 import csv
-import io
 import json
 import re
 import shlex
@@ -10,10 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
-import pyarrow.parquet
 import pytest
-from helpers.hostile import refused, snapshot
-from helpers.task_rows import GOOD, one_example
+from helpers.hostile import refused
+from helpers.task_rows import GOOD, TINY, WORDS, one_example
 from helpers.task_rows import task_option as built_in
 from helpers.tiny import folder_of, rows_of, saved_tiny, tiny
 
@@ -31,8 +29,6 @@ from tiedlora.tasks import Example, Task, load_examples, load_task
 from tiedlora.tasks.own_rows import OwnRows
 from tiedlora.tasks.rows import DataRow, RowError
 
-WORDS = ("task=rows", 'task.prompt="{text}\\nTopic:"', 'task.target=" {topic}"', "task.metrics=[exact_match]")
-TINY = ("model=tiny_llama", "train=tiny", "train.threads=1")
 ROWS = [{"text": f'Say "{n}", please', "topic": f"topic {n % 7}", "page": f"p{n // 4}"} for n in range(40)]
 
 
@@ -359,244 +355,6 @@ def test_chat_messages_are_asked_with_the_chat_template():
     encoder = Encoder(tokenizer, replace(task.config, max_new_tokens=8), context=512)
     asked = tokenizer.decode(encoder.prompt(example.prompt))
     assert asked == "<system>Be brief.<user>One?<assistant>1<user>Two?<a>"
-
-
-# Mistakes.
-
-
-def parquet(**columns: list) -> str:
-    file = io.BytesIO()
-    # Other than that of datasets, it writes a group of no rows.
-    pyarrow.parquet.write_table(pyarrow.table(columns), file)
-    return file.getvalue().decode("latin-1")
-
-
-PLAIN = "text,topic\nx,a\ny,b\nz,c\n"
-FILE_MISTAKES = {  # name of the file, its content, more words -> what the message says
-    "no file": ("a.csv", None, "", "task.files.train=", "a.csv: is missing; give a file that is here"),
-    "a folder": ("a.csv", "/", "", "a.csv: is not a regular file"),
-    "an empty file": ("a.csv", "", "", "a.csv: holds no rows"),
-    "a header alone": ("a.csv", "text,topic\n", "", "a.csv: holds no rows"),
-    "an empty JSON file": ("a.jsonl", "\n", "", "a.jsonl: holds no rows"),
-    "a missing column": (
-        "a.csv",
-        "text,topics\nx,a\n",
-        "",
-        "a.csv:2: ",
-        "'topic', which is missing (did you mean topics?)",
-    ),
-    "a missing field": ("a.jsonl", '{"text": "x", "topic": "a"}\n{"text": "y"}\n', "", "a.jsonl:2: ", "it has text"),
-    "a broken line": ("a.csv", 'text,topic\nx,"a\nb"\ny\n', "", "a.csv:4: has 1 values for the 2 columns text, topic"),
-    "a long line": ("a.csv", "text,topic\nx,y,z\n", "", "a.csv:2: has 3 values for the 2 columns"),
-    "an open quote": ("a.csv", 'text,topic\nx,a\ny,"b\n', "", "a.csv:3: is no row of a table (unexpected end of data)"),
-    "two columns of one name": ("a.csv", "text,text\n", "", "a.csv:1: two columns have the name 'text'; rename one"),
-    "a table of another encoding": (
-        "a.csv",
-        "text,topic\nx,\xff\n",
-        "",
-        "a.csv:2: is not UTF-8; save the file as UTF-8",
-    ),
-    "lines of no JSON": ("a.jsonl", PLAIN, "", "a.jsonl:1: is not valid JSON"),
-    "a list of objects": ("a.json", "[]", "", "a.json:1: must be a JSON object, not list; write one in each line"),
-    "a table of semicolons": (
-        "a.csv",
-        PLAIN.replace(",", ";"),
-        "",
-        "a.csv:1: has a semicolon between its columns, and a .csv has a comma; save it with a comma",
-    ),
-    "a table of tabs": (
-        "a.csv",
-        PLAIN.replace(",", "\t"),
-        "",
-        "a.csv:1: has a tab between its columns, and a .csv has a comma; name the file .tsv, or save it",
-    ),
-    "a list over several lines": (
-        "a.json",
-        '[\n{"text": "x", "topic": "a"}\n]',
-        "",
-        "a.json:1: is JSON over several lines; write each row as an object in one line",
-    ),
-    "a value that pandas misses": (
-        "a.jsonl",
-        '{"text": "x", "topic": NaN}\n',
-        "",
-        "a.jsonl:1: the field 'topic' is NaN, and a template takes a text or a number",
-    ),
-    "an empty parquet": ("a.parquet", parquet(text=[], topic=[]), "", "a.parquet: holds no rows"),
-    "no parquet": ("a.parquet", PLAIN, "", "a.parquet: cannot be read as Parquet ("),
-    "another kind of file": ("a.xlsx", PLAIN, "", "must end in one of .jsonl, .json, .csv, .tsv, .parquet"),
-    "a null": ("a.jsonl", '{"text": null, "topic": "a"}\n', "", "a.jsonl:1: the field 'text' is null, and a template"),
-    "a list": ("a.jsonl", '{"text": ["x"], "topic": "a"}\n', "", "a.jsonl:1: the field 'text' is list, and a template"),
-    "an empty target": ("a.csv", "text,topic\nx,\n", "", "a.csv:2: the target is empty"),
-    "an empty prompt": ("a.csv", "text,topic\n ,a\n", "", "a.csv:2: the prompt is empty: text hold no text"),
-    "a target of two lines": ("a.csv", 'text,topic\nx,"a\nb"\n', "", "a.csv:2: the target holds '\\n', at which an"),
-    "a target of no number": ("a.csv", PLAIN, "task.normalise=number", "a.csv:2: nothing is left of the target 'a' by"),
-    "an id twice": (
-        "a.csv",
-        "id,text,topic\n1,x,a\n1,y,b\n2,z,c\n3,u,d\n",
-        "task.validation_from_train=1",
-        "id '1' was",
-    ),
-    "too few rows": ("a.csv", "text,topic\nx,a\ny,b\n", "", "of 2 different rows, none is left for train"),
-    "all for validation": ("a.csv", PLAIN, "task.validation_from_train=3", "must be less than the 3 train rows"),
-    "no such cluster": ("a.csv", PLAIN, "task.cluster=page", "a.csv:", "the field 'page' of task.cluster is missing"),
-    "a choice that is none": (
-        "a.csv",
-        PLAIN,
-        "CHOICE task.choices=[a,b]",
-        "a.csv:4: ",
-        "is 'c', which is no choice of a, b",
-    ),
-    "one choice": (
-        "a.csv",
-        PLAIN,
-        "CHOICE task.choices=[a]",
-        "a.csv:2: the choices must be two or more different texts",
-    ),
-    "choices of no list": (
-        "a.csv",
-        PLAIN,
-        "CHOICE task.choices=text",
-        "a.csv:2: the field 'text' of task.choices must",
-    ),
-    "messages of no list": (
-        "a.csv",
-        PLAIN,
-        "CHAT task.messages=text",
-        "a.csv:2: the field 'text' must be a list of mess",
-    ),
-    "no messages": (
-        "a.csv",
-        PLAIN,
-        "CHAT task.messages=texts",
-        "'texts' of task.messages is missing (did you mean text?)",
-    ),
-    "messages of another form": (
-        "a.jsonl",
-        '{"m": [{"from": "human", "value": "x"}]}\n',
-        "CHAT task.messages=m",
-        "a.jsonl:1: the field 'm' must be a list of messages, each with the texts 'role' and 'content', and is [",
-    ),
-    "messages with a call of a tool": (
-        "a.jsonl",
-        '{"m": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}]}\n',
-        "CHAT task.messages=m",
-        "a.jsonl:1: the field 'm' has tool_calls, which are not trained; leave such rows out",
-    ),
-    "messages without an answer": (
-        "a.jsonl",
-        '{"m": [{"role": "assistant", "content": "y"}, {"role": "user", "content": "x"}]}\n',
-        "CHAT task.messages=m",
-        "a.jsonl:1: the field 'm' must end with a message of the assistant, after one that it answers",
-    ),
-}
-MISTAKES = {  # more words -> what the message says; the rows are right
-    "no rows": ("task.files=null task.files={train: null}", "task.files: names no file; give task.files=FILE"),
-    "no prompt": ("task.prompt=''", "task.prompt: is empty; write a template over the columns of your rows"),
-    "no target": ("task.target=''", "task.target: is empty; write a template over the columns of your rows"),
-    "a target for all": (
-        "task.target='topic'",
-        "task.target='topic': names no field of a row, so every answer would be",
-    ),
-    "one metric": (
-        "task.metrics=bleu",
-        "task.metrics=bleu: must be a list, as in [A,B]. The metrics of task=rows",
-    ),
-    "no metric": ("task.metrics=[]", "task.metrics: names no metric; choose from exact_match, token_f1, rouge1"),
-    "a metric that is none": (
-        "task.metrics=[exactmatch]",
-        "no such metric; choose from",
-        "(did you mean exact_match?)",
-    ),
-    "a metric twice": ("task.metrics=[bleu,bleu]", "task.metrics", "names bleu twice"),
-    "choices of no metric": ("task.choices=[a,b]", "task.metrics=exact_match: is of generated answers"),
-    "a metric of no choices": ("task.metrics=[choice_accuracy]", "task.metrics=choice_accuracy: needs task.choices"),
-    "a target of no choice": (
-        "task.choices=[a,b] task.target='a' task.metrics=[choice_accuracy]",
-        "must name one field",
-    ),
-    "a form that is none": ("task.normalise=lowr", "task.normalise=lowr: must be", "(did you mean lower?)"),
-    "a form of nothing": ("task.normalise=lower task.metrics=[bleu]", "task.normalise=lower: changes only exact_match"),
-    "a brace that stays open": ("task.prompt='{text'", "cannot be read (expected '}' before end of string)"),
-    "a brace that is text": ("task.target='} {topic}'", "a brace that is text is doubled: {{ or }}"),
-    "a format": ("task.prompt='{text!r:>10}'", "may hold only names of fields in braces, such as {text}"),
-    "a field of no name": ("task.prompt='{}'", "may hold only names of fields in braces, such as {question}"),
-    "an attribute": ("task.prompt='{text.upper}'", "a.csv:2: the template needs the field 'text.upper', which is miss"),
-    "a prompt that tells": ("task.prompt='{text} {topic}'", "the model would be told its answer"),
-    "messages and templates": ("task.messages=text", "task.messages: its last message is the target"),
-    "a test file beside the only file": (
-        "task.files.test=b.csv",
-        "task.files.test: task.files=FILE is the only file, from which validation and test are cut; with others, each "
-        "is named: task.files.train=FILE task.files.test=FILE",
-    ),
-    "the only file after a test file": (
-        "task.files={test: b.csv} task.files.test=b.csv task.files=a.csv",
-        "task.files.test: task.files=FILE is the only file",
-    ),
-    "a list of files": ("task.files=[a.csv,b.csv]", ": must be a mapping, as in {NAME: VALUE, NAME: VALUE}. Files of"),
-    "a list in the place of files": (
-        "task.files={train: a.csv} task.files=[a.csv,b.csv]",
-        ": must be a mapping, as in {NAME: VALUE, NAME: VALUE}. Files of",
-    ),
-    "files without names": ("task.files={a.csv, b.csv}", "; a mapping is 'KEY={NAME: VALUE, NAME: VALUE}'"),
-    "files and the hub": ("task.hub.id=org/name", "task.hub.id=org/name: task.files names the rows; leave one of them"),
-    "a file for an option": (
-        "task=a.csv",
-        "task=a.csv: no such option; rows of your own are task=rows task.files=a.csv",
-    ),
-    "a split that is none": ("task.files={tests: a.csv}", "task.files.tests", "did you mean task.files.test?"),
-    "a split that is missing": (
-        "task.files={train: a.csv, validation: b.csv} score.splits=[test]",
-        "there are no test rows, only train and",
-    ),
-    "no training rows": ("task.files={train: null, test: b.csv}", "task.files.train: names no file, and test do; give"),
-    "a row in two files": (
-        "task.files={train: a.csv, validation: a.csv}",
-        "a.csv:2: has the prompt of ",
-        "so it is in validation and in tr",
-    ),
-    "a test row in two files": (
-        "task.files={train: a.csv, validation: b.csv, test: b.csv}",
-        "b.csv:2: has the prompt of",
-    ),
-    "a prompt without quotes": (
-        "task.prompt={text}",
-        "cannot be parsed",
-        "a template has quotes of its own inside the",
-    ),
-    "rows of another task": ("task=gsm8k task.files=a.csv", "task.files: is a key of task=rows; task.kind=gsm8k does"),
-}
-PLACEHOLDERS = {"CHAT": "task.prompt='' task.target=''", "CHOICE": "task.metrics=[choice_accuracy]"}
-
-
-def refuse(script, folder: Path, words: list[str], says: tuple[str, ...]) -> None:
-    before = snapshot(folder)
-    code, out, err = script("train.py", "tracking=none", *TINY, "outputs=outputs", "cache=cache", *words)
-    assert all(part in err for part in says), err
-    assert (code, out, len(err.splitlines()), err[:7]) == (2, "", 1, "error: ")
-    assert snapshot(folder) == before
-
-
-@pytest.mark.parametrize("what", FILE_MISTAKES)
-def test_a_wrong_file_is_one_line_that_names_the_place_and_leaves_nothing(what, tmp_path, monkeypatch, script):
-    name, content, more, *says = FILE_MISTAKES[what]
-    monkeypatch.chdir(tmp_path)
-    if content == "/":
-        (tmp_path / name).mkdir()
-    elif content is not None:
-        (tmp_path / name).write_bytes(content.encode("latin-1"))
-    more = " ".join(PLACEHOLDERS.get(word, word) for word in more.split())
-    # Each word keeps its own quotes, which are Hydra's.
-    refuse(script, tmp_path, [*WORDS, f"task.files={name}", *more.split()], tuple(says))
-
-
-@pytest.mark.parametrize("what", MISTAKES)
-def test_a_wrong_word_is_one_line_and_leaves_nothing(what, tmp_path, monkeypatch, script):
-    more, *says = MISTAKES[what]
-    monkeypatch.chdir(tmp_path)
-    for file, rows in (("a.csv", PLAIN), ("b.csv", "text,topic\nu,a\nv,b\n")):
-        (tmp_path / file).write_text(rows)
-    refuse(script, tmp_path, [*WORDS, "task.files=a.csv", *re.split(r" (?=task\.|score\.)", more)], tuple(says))
 
 
 def test_a_file_that_changes_under_a_sweep_is_refused(tickets):
