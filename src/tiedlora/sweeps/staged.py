@@ -51,11 +51,6 @@ from tiedlora.sweeps.staged_search import Observation, SearchPlan, SearchStage, 
 log = logging.getLogger(__name__)
 
 
-def _shown(value: object) -> str:
-    """The value of an option of a search, for a message."""
-    return "none" if value is None else str(value)
-
-
 class Search:
     """The search of one configuration: its plan, its cells by rate and seed, and how far it has come."""
 
@@ -175,7 +170,6 @@ class StagedSweep:
         Raises:
             UserError: a file of a run, or the selection.json of an earlier start, is damaged.
         """
-        is_first = True
         while True:
             for search in self.searches:
                 search.decide()
@@ -186,9 +180,8 @@ class StagedSweep:
                         if folder.state() == "interrupted":
                             storage.write_bytes(folder.pruned_file, f"{made.reason}\n".encode())
             decided = self.selection()
-            if is_first:
+            if not self._launched:
                 self._warn_of_other_options(decided)
-                is_first = False
             write_selection(self.sweep.path / SELECTION_FILE, decided)
             # Such as `21 cells to step 20, 2 cells to the end`.
             goals = Counter(
@@ -212,7 +205,7 @@ class StagedSweep:
             if (before := earlier.get(search.group)) is None:
                 continue
             changed = [
-                f"{name} {_shown(getattr(before, name))} -> {_shown(getattr(search, name))}"
+                f"{name} {getattr(before, name)} -> {getattr(search, name)}"
                 for name in SEARCH_OPTIONS
                 if getattr(before, name) != getattr(search, name)
             ]
