@@ -18,7 +18,7 @@ from helpers.report_runs import (
 )
 
 from tiedlora.analysis import claims, rules
-from tiedlora.analysis.answers import Answer, Findings, Look, Verdict
+from tiedlora.analysis.answers import Answer, Findings, Look, Verdict, error_note
 from tiedlora.analysis.intervals import Clusters
 from tiedlora.analysis.over_tasks import claim_verdicts
 from tiedlora.analysis.rules import Sides
@@ -162,12 +162,22 @@ class TestLooks:
         found = answer(tmp_path)
         assert (found.findings.looks, found.decide) == ((), "the look at 3 seeds: needs seeds 2 of TABuv r=8")
 
+    @pytest.mark.parametrize("planned", [0, 1000])
+    def test_a_star_counts_the_tests_that_are_planned_and_have_not_run(self, tmp_path, planned):
+        world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.57}, seeds=3, rows=1000, seed_sd=0.002)
+        found = report_of_claim(tmp_path, "better_by: 0.0", top=f"looks: [3]\ntests: {planned}").answers
+        assert [(one.verdict, one.survives_holm) for one in found] == [("contradicted", planned == 0)]
+        assert ("over the 1000 tests that are planned, 0 of" in error_note(found)) == (planned == 1000)
+
     def test_later_seeds_can_change_a_rate_that_nothing_has_recorded_and_the_answer_says_so(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, seeds=3, **SURE)
         world(tmp_path / "runs", {"TABuv": 0.2}, seeds=3, lr=3e-2, **SURE)
         before = answer(tmp_path).reason
         assert "later seeds" not in before
         assert "the rate of LoRA r=8 was given, not searched in these folders" in before
+        # A seed of the search alone, which no look has.
+        scored_run(tmp_path / "runs", [1.0] * 1000, [0.0] * 1000, seed=30)
+        assert "later seeds" not in answer(tmp_path).reason
         scored_run(tmp_path / "runs", [1.0] * 1000, [0.0] * 1000, seed=3)
         found = answer(tmp_path)
         assert found.verdict == "contradicted"

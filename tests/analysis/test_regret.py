@@ -47,6 +47,18 @@ def test_an_arm_with_two_rates_that_seeds_cannot_tell_apart_is_marked_and_its_cl
     assert [rate.group for rate in answer.doubtful_rates] == [groups["LoRA"]]
 
 
+def test_a_run_whose_last_losses_are_gone_is_left_out_of_the_bound(tmp_path):
+    arm(tmp_path / "runs", "TABuv", 0.0, {1e-2: SAME})
+    arm(tmp_path / "runs", "LoRA", 0.02, {1e-3: (0.03, -0.02, 0.02), 1e-2: (0.0, 0.01, -0.01)})
+    before = found(tmp_path)[0]["LoRA"].regret
+    for file in tmp_path.glob("runs/LoRA-*-s0-*/validation_losses.jsonl"):
+        # Of an earlier step, which is far above.
+        file.write_text(json.dumps(asdict(ValidationLosses(50, [9.0] * 200, [5] * 200))) + "\n")
+    after = found(tmp_path)[0]["LoRA"].regret
+    assert (before.seeds, after.seeds) == (3, 2)
+    assert after.nats < 1
+
+
 def test_a_rate_that_is_clearly_the_best_is_in_no_doubt(tmp_path):
     arm(tmp_path / "runs", "TABuv", 0.0, {1e-2: SAME})
     arm(tmp_path / "runs", "LoRA", 0.2, {1e-3: (0.1, 0.1, 0.1), 1e-2: SAME})

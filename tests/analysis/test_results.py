@@ -21,9 +21,13 @@ from helpers.report_runs import (
 )
 
 from tiedlora.analysis import intervals
+from tiedlora.analysis.groups import RunGroup, group_runs
 from tiedlora.analysis.intervals import pseudo_values
+from tiedlora.analysis.results import AgainstLora, result_rows
+from tiedlora.analysis.runs import Scorebook, read_runs, run_roots
 from tiedlora.errors import UserError
 from tiedlora.page import write
+from tiedlora.places import PROJECT
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.scores import read_scores
 from tiedlora.tasks import Example, load_task
@@ -111,6 +115,14 @@ def test_rows_that_disagree_with_their_first_line_give_no_interval(tmp_path):
     row = primary_row(write.build([tmp_path]).rows, "TABuv")
     assert row.score.examples is None
     assert any("verify.py" in note for note in row.notes)
+
+
+def test_a_method_without_a_rank_is_not_compared_with_lora_of_the_default_rank(monkeypatch):
+    monkeypatch.setattr(RunGroup, "rank", 8)
+    runs, _ = read_runs(run_roots([PROJECT / "studies" / "reward-or-targets"]))
+    groups = [group for group in group_runs(runs) if group.label in ("LoRA", "peft/tinylora")]
+    (row,) = [row for row in result_rows(groups, Scorebook()) if row.group.is_other_method and row.primary]
+    assert row.against == AgainstLora()
 
 
 def test_damaged_clusters_are_an_error_and_no_missing_scores(tmp_path):

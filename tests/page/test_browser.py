@@ -50,6 +50,16 @@ def test_a_sheet_holds_every_answer_in_blocks_of_rows_and_equal_ones_once(tmp_pa
     assert [unpacked(sheet.texts[1])[name][1] for name in ("prompts", "references")] == ["Question 5", ["3"]]
 
 
+def test_the_base_is_shown_with_its_answers_if_any_run_has_them(tmp_path):
+    scored_run(tmp_path, [0.5] * ROWS, [1.0] * ROWS, metric="target_loss", name="TABuv", seed=0)
+    run(tmp_path, ["a"] * ROWS, name="TABuv", seed=1)
+    (sheet,) = sheets(tmp_path)
+    base = next(number for number, column in enumerate(sheet.head["runs"]) if column["name"] == "base")
+    (block,) = [unpacked(block)["answers"] for block in sheet.texts]
+    which = unpacked(sheet.index)["which"][base]
+    assert [block[row][which[row]] for row in range(ROWS)] == ["#### 3"] * ROWS
+
+
 def test_the_arms_of_the_first_pair_are_first_and_never_two_seeds_of_one(tmp_path):
     for name, seeds in (("LoRA", (0, 1, 2)), ("TABuv", (1, 2)), ("TAB", (2,))):
         for seed in seeds:

@@ -3,6 +3,7 @@
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from helpers.hostile import HOSTILE
@@ -42,6 +43,14 @@ def unfinished(root, lr, loss, file, text):
     (folder / file).write_text(text)
     rows = [MetricsRow(step, {"validation/loss": value}) for step, value in ((0, 2.0), (16, loss))]
     write_lines(folder / "metrics.jsonl", rows)
+
+
+def test_a_row_against_lora_names_the_size_of_lora_on_each_task():
+    group, equal = SimpleNamespace(params=41_328, short="TABuv r 8"), SimpleNamespace(params=46_080)
+    there = SimpleNamespace(group=group, lora=equal, has_equal_size=True)
+    far = SimpleNamespace(group=group, lora=SimpleNamespace(params=368_640), has_equal_size=False)
+    names = [charts._row_name(arms) for arms in ([there, there], [far, far], [there, far])]
+    assert names == [f"TABuv r 8 (41,328{more})" for more in ("", "; LoRA: 368,640", "; LoRA: its size or 368,640")]
 
 
 def test_the_search_marks_the_chosen_rate_and_shows_pruned_and_failed_runs(tmp_path):

@@ -314,11 +314,18 @@ def _notes(
         yield f"unequal search: {' against '.join(f'{count} rates of {name}' for name, count in searched.items())}"
     for group in pair.sides:
         may_change, seeds = len(group.rates) > 1 and not group.has_recorded_rate, {trial.seed for trial in group.trials}
-        if decision.looks and may_change and len(seeds) > claim.plan.looks[decision.looks[-1].number]:
+        if decision.looks and may_change and seeds & _later_seeds(claim, decision.looks[-1].number):
             yield (
                 f"the rate of {group.name} was chosen on later seeds too, so they can change this: record the choice "
                 "at the look with scripts/sweep.py select"
             )
+
+
+def _later_seeds(claim: Claim, number: int) -> set[int]:
+    """The seeds that the claim's plan has after a look, on either side."""
+    plan = claim.plan
+    later = set(plan.of_look(len(plan.looks) - 1)) - set(plan.of_look(number))
+    return {seed + side.seed_offset for seed in later for side in (claim.method, claim.comparator)}
 
 
 def _ended(sides: Iterable[RunGroup], measure: Measure) -> dict[str, set[int]]:
@@ -559,9 +566,16 @@ def _tested(answers: Iterable[Answer]) -> list[list[Answer]]:
 def with_survivors(answers: Sequence[Answer]) -> list[Answer]:
     """The answers, with which verdicts hold by Holm's procedure over all tests: one of them is wrong in at most 5 %."""
     tests = _tested(answers)
-    rejected = rules.holm([own[0].findings.decided_level for own in tests])
+    levels = [own[0].findings.decided_level for own in tests]
+    # A planned test that has had no look yet counts as one that decides nothing.
+    rejected = rules.holm([*levels, *[1.0] * (_planned(answers) - len(tests))])
     holding = {id(answer) for own in itertools.compress(tests, rejected) for answer in own}
     return [replace(answer, survives_holm=id(answer) in holding and answer.verdict in DECIDED) for answer in answers]
+
+
+def _planned(answers: Iterable[Answer]) -> int:
+    """How many tests the claims' file says that there will be; 0 if it does not."""
+    return max((answer.claim.plan.tests for answer in answers), default=0)
 
 
 def error_note(answers: Sequence[Answer]) -> str:
@@ -571,9 +585,14 @@ def error_note(answers: Sequence[Answer]) -> str:
         return "No planned look has been taken yet."
     decided = [own for own in tests if any(answer.verdict in DECIDED for answer in own)]
     surviving = sum(any(answer.survives_holm for answer in own) for own in decided)
+    over = "these tests"
+    if (planned := _planned(answers)) > len(tests):
+        over = f"the {planned} tests that are planned"
+    elif any(not answer.findings.looks for answer in answers):
+        over = "these tests (one that has its first look later may remove a *)"
     return (
         f"Verdicts (supported or contradicted): {len(decided)}, from {len(tests)} different tests that have had a "
         f"look. If every true contrast were 0, on average at most {100 * rules.TOTAL:g} % of the tests "
-        f"({rules.TOTAL * len(tests):.1f}) would get a wrong verdict. By Holm's procedure over these tests, "
+        f"({rules.TOTAL * len(tests):.1f}) would get a wrong verdict. By Holm's procedure over {over}, "
         f"{surviving} of the {len(decided)} verdicts hold (*)."
     )

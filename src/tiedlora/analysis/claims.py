@@ -23,7 +23,7 @@ from tiedlora.config.sizes import is_near
 from tiedlora.config.trial_arm import TrialArm, trained_for
 from tiedlora.errors import UserError
 from tiedlora.keys import LARGEST_COUNT, from_person
-from tiedlora.reading import Flag, StoredNumber, StoredText, StoredWhole
+from tiedlora.reading import Flag, StoredCount, StoredNumber, StoredText, StoredWhole
 from tiedlora.records.loss_metrics import DRIFT, LOSS_METRICS
 from tiedlora.tasks import NoSuchTask, load_task
 from tiedlora.text import nearest, number_list
@@ -220,6 +220,7 @@ class _File:
     paper: StoredText = ""
     looks: list[Annotated[StoredWhole, Field(ge=2)]] = field(default_factory=lambda: list(rules.LOOKS))
     seeds: list[Annotated[StoredWhole, Field(ge=0, le=LARGEST_COUNT)]] | None = None
+    tests: StoredCount = 0
     floor: Arm | None = None
     weakest: Arm | None = None
 
@@ -235,7 +236,7 @@ class _File:
         Raises:
             ValueError: it is impossible.
         """
-        return Plan(tuple(self.looks), None if self.seeds is None else tuple(self.seeds))
+        return Plan(tuple(self.looks), None if self.seeds is None else tuple(self.seeds), self.tests)
 
 
 _KEYS = [item.name for kind in (_File, _Entry, Side) for item in fields(kind)]

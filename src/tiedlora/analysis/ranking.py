@@ -55,10 +55,16 @@ class RankedArm:
     @property
     def difference(self) -> Interval | None:
         """The difference from `lora` that is shown: the one that the verdict rests on, or else that of all seeds."""
-        answer = self.answer
-        if answer is not None and is_at_equal_size(answer) and (found := number_tested(answer)) is not None:
-            return found.interval
+        if (tested := self.tested) is not None:
+            return tested
         return None if self.from_lora is None else self.from_lora.widest
+
+    @property
+    def tested(self) -> Interval | None:
+        """The difference from `lora` that a verdict rests on; None if no claim asks about it."""
+        answer = self.answer
+        found = number_tested(answer) if answer is not None and is_at_equal_size(answer) else None
+        return None if found is None else found.interval
 
     @property
     def has_equal_size(self) -> bool:

@@ -148,7 +148,8 @@ def result_rows(
                     book,
                     primary=is_shown,
                     is_first=is_first,
-                    lora=lora.get((group.setting, group.rank)),
+                    # The rank of another method has no meaning.
+                    lora=None if group.is_other_method else lora.get((group.setting, group.rank)),
                     lora_curve=curves[group.setting],
                 )
             )

@@ -256,6 +256,8 @@ class Plan:
     """How many seeds each look has."""
     declared: tuple[int, ...] | None = None
     """The seeds in declared order; None takes 0, 1, 2, ..."""
+    tests: int = 0
+    """How many tests are planned in all. Holm's procedure counts at least so many, also before they have had a look."""
 
     def __post_init__(self) -> None:
         looks = self.looks

@@ -135,9 +135,8 @@ class Run:
         return self.record.training.validation_loss_last
 
     def last_losses(self) -> ValidationLosses | None:
-        """The last loss of every validation row; None if the file is gone or cannot be read."""
-        found = self.losses_by_step()
-        return found[max(found)] if found else None
+        """The loss of every validation row after the last step; None if the file lacks it or cannot be read."""
+        return self.losses_by_step().get(self.record.training.steps)
 
     def losses_by_step(self) -> dict[int, ValidationLosses]:
         """Step -> the loss of every validation row; empty if the file is gone or cannot be read."""

@@ -239,7 +239,7 @@ def _metrics(
     lists = [(name, output, _names(output, split)) for name, outputs in (a, b) for output in outputs]
     common = [metric for metric in lists[0][2] if all(metric in names for _, _, names in lists)]
     if wanted:
-        chosen = [metric for metric in wanted if any(metric in names for _, _, names in lists)]
+        chosen = [metric for metric in dict.fromkeys(wanted) if any(metric in names for _, _, names in lists)]
         for metric, (name, output, names) in itertools.product(chosen, lists):
             if metric not in names:
                 why = f"{output.path} has no such metric{where}; it has {listed(names)}"

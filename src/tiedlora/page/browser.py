@@ -164,10 +164,18 @@ def _columns(
     runs: Sequence[tuple[RunGroup, Run]], split: str, left_out: list[str]
 ) -> tuple[list[PredictionRow], list[_Column]]:
     """The rows that were asked, and what the base and each run answered. `left_out` gets what cannot be shown."""
-    base: list[tuple[RunGroup | None, Run]] = [(None, run) for _, run in runs if run.scores.base_metrics(split)]
+    of_base = [run for _, run in runs if run.scores.base_metrics(split)]
+
+    def richness(run: Run) -> tuple[bool, int]:
+        # Some runs may have scored the losses alone.
+        kinds = [record.kind for record in run.scores.of(split, base=True)]
+        return "answers" in kinds, len(kinds)
+
+    richest = max(of_base, key=richness, default=None)
+    base: list[tuple[RunGroup | None, Run]] = [(None, richest)] if richest is not None else []
     asked: list[PredictionRow] = []
     columns: list[_Column] = []
-    for group, run in [*base[:1], *runs]:
+    for group, run in [*base, *runs]:
         head: dict[str, Any] = {"name": "base", "id": "base", "marks": []}
         if group is not None:
             head = {

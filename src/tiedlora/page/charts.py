@@ -102,7 +102,9 @@ def _against_lora(model: str, rankings: Sequence[Sequence[RankedArm]]) -> list[P
     found = []
     for start in range(0, len(drawn), MOST_COLUMNS):
         columns = drawn[start : start + MOST_COLUMNS]
-        arms = {(arm.group.params, arm.group.configuration, arm.group.rank): arm for own in columns for arm in own}
+        arms: dict[tuple[int, str, int], list[RankedArm]] = {}
+        for arm in itertools.chain.from_iterable(columns):
+            arms.setdefault((arm.group.params, arm.group.configuration, arm.group.rank), []).append(arm)
         rows = {key: _row_name(arms[key]) for key in sorted(arms, reverse=True)}
         left = 0.3 + 0.062 * max(map(len, rows.values()))
         size = (left + COLUMN * len(columns), 1.15 + 0.24 * len(rows))
@@ -117,7 +119,7 @@ def draw_against_lora(
     """A row for each adapter, the largest one at the top, and a column for each task with its own axis.
 
     Better is to the right, also where a lower number is better. Each line is the interval of the verdict, or one of 95
-    % without a claim. A filled marker holds by Holm's procedure.
+    % where none is about it. A filled marker holds by Holm's procedure.
 
     Args:
         rows: an arm's parameters, configuration and rank -> its name, from top to bottom.
@@ -161,12 +163,18 @@ def _difference_line(ax: Axes, row: int, found: Interval, ends: tuple[float, flo
         _mark(ax, found.value, row, colour=colour, marker=marker, is_filled=arm.holds)
 
 
-def _row_name(arm: RankedArm) -> str:
-    """Such as `TABuv r 8 (41,328)`, with the size of the LoRA that it is compared with where that is another."""
-    size = f"{arm.group.params:,}"
-    if arm.lora is not None and not arm.has_equal_size:
-        size += f"; LoRA: {arm.lora.params:,}"
-    return f"{cut(arm.group.short, LONGEST)} ({size})"
+def _row_name(arms: Sequence[RankedArm]) -> str:
+    """Such as `TABuv r 8 (41,328)`, with the size of the LoRA that it is compared with where that is another.
+
+    Args:
+        arms: the arm in each of the columns that have it.
+    """
+    group = arms[0].group
+    # On another task the nearest LoRA may be another one.
+    sizes = ["its size" if arm.has_equal_size else f"{arm.lora.params:,}" for arm in arms if arm.lora is not None]
+    named = list(dict.fromkeys(sizes))
+    others = "" if named in ([], ["its size"]) else f"; LoRA: {' or '.join(named)}"
+    return f"{cut(group.short, LONGEST)} ({group.params:,}{others})"
 
 
 def _scaled(found: Interval, factor: float) -> Interval:

@@ -56,7 +56,7 @@ def table(rankings: Sequence[Sequence[RankedArm]]) -> Table:
         estimate("minus the best", lambda arm: arm.from_best, "+"),
         estimate("minus LoRA", lambda arm: arm.from_lora, "+"),
         Column("LoRA", cell=lambda arm: arm.lora.name if arm.lora else None),
-        estimate("minus LoRA, as tested", lambda arm: arm.difference, "+"),
+        estimate("minus LoRA, as tested", lambda arm: arm.tested, "+"),
         Column("claim", cell=lambda arm: arm.answer.claim.name if arm.answer else None, wraps=True),
         Column("verdict", cell=lambda arm: arm.answer.verdict.value if arm.answer else None),
         Column("validation loss", amount(3), _loss),
