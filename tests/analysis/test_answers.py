@@ -162,6 +162,22 @@ class TestLooks:
         found = answer(tmp_path)
         assert (found.findings.looks, found.decide) == ((), "the look at 3 seeds: needs seeds 2 of TABuv r=8")
 
+    def test_what_differs_between_the_sides_beside_the_arms_is_said(self, tmp_path):
+        world(tmp_path / "runs", {"LoRA": 0.6}, seeds=3, **SURE)
+        changes = {"code.commit": "b" * 40, "versions.torch": "2.14", "execution.device": "cuda"}
+        world(tmp_path / "runs", {"TABuv": 0.3}, seeds=3, changes=changes, **SURE)
+        reason = answer(tmp_path).reason
+        for said in ("made by another commit", "made with another torch or transformers", "made on another device"):
+            assert said in reason
+
+    def test_a_claim_about_one_model_is_no_open_question_of_another(self, tmp_path):
+        for model in ("org/one", "org/two"):
+            world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, seeds=3, model=model, **SURE)
+        of_one, of_three = (f"[]\n    where: {{model.name: org/{name}}}" for name in ("one", "three"))
+        (found,) = report_of_claim(tmp_path, tasks=of_one).answers
+        assert (found.model, found.verdict) == ("one", "contradicted")
+        assert [found.verdict for found in report_of_claim(tmp_path, tasks=of_three).answers] == ["not run"] * 2
+
     @pytest.mark.parametrize("planned", [0, 1000])
     def test_a_star_counts_the_tests_that_are_planned_and_have_not_run(self, tmp_path, planned):
         world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.57}, seeds=3, rows=1000, seed_sd=0.002)

@@ -1,5 +1,6 @@
 """Claims: every rule and plan can be written, mistakes name the key, and the right groups are compared."""
 
+import re
 import shutil
 
 import numpy as np
@@ -101,6 +102,22 @@ NAMES = {
     ),
     "a metric of runs": (("tasks: []", "tasks: {own_task: accurcy}"), "own_task has no metric accurcy;", "accuracy"),
 }
+
+
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ('{train.steps: "100"}', "where: train.steps='100': must be a number, as in the runs"),
+        ("{train.warmup_steps: true}", "where: train.warmup_steps=True: must be a number, as in the runs"),
+        ("{seed: 0}", "where: seed: is no key that decides a setting"),
+        ("{train.lr: 0.01}", "where: train.lr: is no key that decides a setting"),
+    ],
+)
+def test_a_setting_that_no_run_can_have_is_refused(tmp_path, where, says):
+    path = tmp_path / "claims.yaml"
+    path.write_text(FILE.read_text().replace("tasks: []", f"tasks: []\n    where: {where}", 1))
+    with pytest.raises(UserError, match=re.escape(says)):
+        claims.check_names(path, claims.read(path), RUNS)
 
 
 @pytest.mark.parametrize("what", NAMES)

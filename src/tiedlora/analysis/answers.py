@@ -18,7 +18,7 @@ from typing import Literal
 
 from tiedlora.analysis import claims, intervals, rules
 from tiedlora.analysis.claims import Claim, Pair, Unpaired
-from tiedlora.analysis.comparison import OTHER_ENDS, Estimate, compare, compare_planned, other_ends
+from tiedlora.analysis.comparison import Estimate, compare, compare_planned, unlike
 from tiedlora.analysis.groups import RunGroup, shown_splits
 from tiedlora.analysis.regret import DoubtfulRate, doubtful_rates
 from tiedlora.analysis.rules import Rule, Sides
@@ -229,7 +229,7 @@ def answer_claims(
         answers += [_answer(claim, pair, splits[pair.anchor.model, pair.anchor.task], book) for pair in pairs]
         where = "".join(f" with {key}={value}" for key, value in claim.where.items())
         reason, decide = f"no finished run of {claim.anchor}{where}", next_look(claim, 0, {})
-        for model in sorted({group.model for group in groups}) or [""]:
+        for model in sorted(claims.models(claim, groups)) or [""]:
             run_on = {pair.anchor.task for pair in pairs if pair.anchor.model == model}
             # Without tasks, a claim is about those that its anchor was run on; what other arms were run on changes
             # nothing. If it was run on none, the claim is about all tasks of the model.
@@ -304,8 +304,7 @@ def _notes(
         yield f"{rows:,} rows in {len(sides.clusters.sizes)} clusters"
     if on_sensitivity:
         yield on_sensitivity
-    if other_ends([group.runs for group in pair.sides], measure):
-        yield OTHER_ENDS
+    yield from unlike([group.runs for group in pair.sides], measure)
     efforts = {group.name: len(group.rates) for group in (method, *comparator.groups)}
     searched = {name: count for name, count in efforts.items() if count > 1}
     if searched and (given := [name for name in efforts if name not in searched]):

@@ -203,12 +203,17 @@ class Claim(_Entry):
 
     def covers_setting(self, task: str, identity: Mapping[str, Any]) -> bool:
         """Whether the claim is about runs of the task with this identity (config.identity.identity)."""
-        values = leaves(identity) if self.where else {}
-        return self.covers(task) and all(values.get(key) == value for key, value in self.where.items())
+        return self.covers(task) and _has(identity, self.where)
 
     def metric_on(self, task: str, first: str) -> str:
         """The metric that the claim compares on a task whose first metric is `first`."""
         return self.tasks.get(task) or first
+
+
+def _has(identity: Mapping[str, Any], wanted: Mapping[str, object]) -> bool:
+    """Whether the dotted keys have these values in an identity."""
+    values = leaves(identity) if wanted else {}
+    return all(values.get(key) == value for key, value in wanted.items())
 
 
 @dataclass(frozen=True)
@@ -275,7 +280,6 @@ def check_names(path: Path, claims: Iterable[Claim], names: Names) -> None:
     """
     known = {*options("tying"), *names.configurations}
     tasks = {*options("task"), *names.metrics}
-    deciding = {*_default_keys(), *names.keys}
     for claim in claims:
         where = f"{path}: claim {claim.name!r:.80}"
         for key, side in claim.sides.items():
@@ -284,10 +288,7 @@ def check_names(path: Path, claims: Iterable[Claim], names: Names) -> None:
                 raise UserError(f"{where}: {key}.{own_key}={name}: {RENAMED[name]}")
             if not is_named(name) and name not in known:
                 raise UserError(f"{where}: {key}.{own_key}={name:.80}: {NO_SUCH} tying{nearest(name, known)}")
-        for key in claim.where:
-            if key not in deciding:
-                meant = nearest(key, deciding)
-                raise UserError(f"{where}: where: {key:.80}: is no key that decides a run{meant}")
+        _check_setting(where, claim.where, names.keys)
         for task, metric in claim.tasks.items():
             if task not in tasks:
                 raise UserError(f"{where}: tasks: {task:.80}: {NO_SUCH} task{nearest(task, tasks)}")
@@ -297,10 +298,32 @@ def check_names(path: Path, claims: Iterable[Claim], names: Names) -> None:
                 raise UserError(f"{where}: tasks: {task} has no metric {metric:.80}; {known_metrics}")
 
 
+def _check_setting(place: str, where: Mapping[str, object], keys: Iterable[str]) -> None:
+    """Refuse a setting that no run can have. A claim has its seeds from the plan, and its rates from the search."""
+    defaults = _defaults()
+    deciding = {*defaults, *keys} - {"seed", "train.lr"}
+    for key, value in where.items():
+        if key not in deciding:
+            meant = nearest(key, deciding)
+            raise UserError(f"{place}: where: {key:.80}: is no key that decides a setting{meant}")
+        kind = _kind(defaults.get(key))
+        if kind and _kind(value) != kind:
+            raise UserError(f"{place}: where: {key}={value!r:.80}: must be {kind}, as in the runs")
+
+
 @functools.cache
-def _default_keys() -> tuple[str, ...]:
-    """The keys that decide what a run of the defaults is."""
-    return tuple(leaves(identity(compose.compose_config([]))))
+def _defaults() -> dict[str, Any]:
+    """The keys that decide what a run of the defaults is, with their values."""
+    return leaves(identity(compose.compose_config([])))
+
+
+def _kind(value: object) -> str:
+    """What a value is, in words; empty for a list and for null, which stand for other kinds too."""
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    return "a text" if isinstance(value, str) else ""
 
 
 def _own_metrics(task: str) -> tuple[str, ...]:
@@ -347,6 +370,13 @@ class Pair:
     def sides(self) -> list[RunGroup]:
         """The groups whose scores a rule takes: both sides, and the floor if there is one."""
         return [self.method, *self.comparator.groups, *([self.floor] if self.floor is not None else [])]
+
+
+def models(claim: Claim, groups: Sequence[RunGroup]) -> set[str]:
+    """The models that a claim can be about: those with what it says of the model, or all if none has it."""
+    wanted = {key: value for key, value in claim.where.items() if key.startswith("model.")}
+    fitting = {group.model for group in groups if _has(group.runs[0].record.identity.tree, wanted)}
+    return fitting or {group.model for group in groups}
 
 
 def pairs(claim: Claim, groups: Sequence[RunGroup], splits: Mapping[tuple[str, str], str]) -> list[Pair | Unpaired]:

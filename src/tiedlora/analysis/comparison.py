@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -28,6 +28,7 @@ from tiedlora.records.interval import Interval
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.text import counted
 
+_PACKAGES = ("torch", "transformers")
 OTHER_ENDS = "the answers of the two sides end at different tokens (docs/tasks.md)"
 
 
@@ -215,12 +216,15 @@ def compare_planned(
 
 def unlike(arms: Sequence[Sequence[Run]], measure: Measure) -> list[str]:
     """Notes on what differs between the runs of some arms beside what is compared."""
-    commits = [{code.commit or code.short for run in own for code in run.record.code_versions} for own in arms]
-    notes = ["made by another commit"] if any(own != commits[0] for own in commits) else []
-    return [*notes, OTHER_ENDS] if other_ends(arms, measure) else notes
-
-
-def other_ends(arms: Iterable[Iterable[Run]], measure: Measure) -> bool:
-    """Whether the answers of some arms ended at different tokens. A loss has no answers, so it is False for a loss."""
-    ends = [{str(run.record.more_ends) for run in runs} for runs in arms]
-    return any(own != ends[0] for own in ends) and not is_loss(measure.metric)
+    made: dict[str, Callable[[Run], set[str]]] = {
+        "made by another commit": lambda run: {code.commit or code.short for code in run.record.code_versions},
+        "made with another torch or transformers": lambda run: {
+            f"{package} {named.get(package)}" for named in run.record.all_versions for package in _PACKAGES
+        },
+        "made on another device": lambda run: {execution.device_and_threads for execution in run.record.executions},
+    }
+    # A loss has no answers.
+    if not is_loss(measure.metric):
+        made[OTHER_ENDS] = lambda run: {str(run.record.more_ends)}
+    found = {note: [set().union(*map(of_run, runs)) for runs in arms] for note, of_run in made.items()}
+    return [note for note, of_arms in found.items() if any(own != of_arms[0] for own in of_arms)]
