@@ -72,6 +72,19 @@ def test_a_failed_copy_of_a_finished_run_is_no_failure(tmp_path):
     assert (len(group.runs), group.rates, group.short_marks) == (1, (0.01,), [])
 
 
+def test_scores_that_were_made_by_other_code_than_the_other_seeds_are_marked(tmp_path):
+    folders = [scored_run(tmp_path, GOOD, BASE, seed=seed) for seed in range(2)]
+    put_in_scores(folders[1] / "scores" / "validation.answers.jsonl", "code", {"commit": "b" * 40, "dirty": True})
+    put_in_scores(folders[1] / "scores" / "validation.answers.jsonl", "execution.device", "cuda")
+    (group,) = group_runs(*read_runs([tmp_path]))
+    assert group.short_marks == ["mixed"]
+    assert group.marks == [
+        "mixed commits of the answers on validation: aaaaaaaa; bbbbbbbb",
+        "mixed devices of the answers on validation: cpu, 1 threads; cuda, 1 threads",
+        "the answers on validation were scored by uncommitted code",
+    ]
+
+
 def test_other_protocols_are_other_rows_and_named(tmp_path):
     scored_run(tmp_path, GOOD, BASE)
     scored_run(tmp_path, GOOD, BASE, changes={"config.train.steps": 300})

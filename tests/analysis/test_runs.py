@@ -2,7 +2,7 @@
 
 import pytest
 from helpers.hostile import put
-from helpers.report_runs import BASE, GOOD, scored_run, write_lines
+from helpers.report_runs import BASE, GOOD, make_record, scored_run, write_lines, write_run
 
 from tiedlora.analysis.runs import logged_curves, read_runs
 from tiedlora.page import write
@@ -34,6 +34,23 @@ def test_what_is_no_finished_run_is_listed_with_its_reason(tmp_path):
     assert "not valid JSON" in reasons[cut.name]
     assert "not a run's record" in reasons["foreign"]
     assert set(reasons) == {"photos", unfinished.name, failed.name, cut.name, "foreign"}
+
+
+def test_of_a_run_and_its_copy_the_one_with_more_scores_counts(tmp_path):
+    here, there = write_run(tmp_path / "here", make_record()), scored_run(tmp_path / "there", GOOD, BASE)
+    for roots in (["here", "there"], ["there", "here"]):
+        (run,), (left_out,) = read_runs([tmp_path / root for root in roots])
+        assert (run.path, left_out.path) == (there, here)
+        assert left_out.reason == f"the same run as {there}"
+
+
+def test_a_run_under_an_earlier_name_is_no_second_seed(tmp_path):
+    """The id begins with the name of an option, which may have been renamed since."""
+    write_run(tmp_path, make_record())
+    earlier = write_run(tmp_path / "earlier", make_record())
+    put(earlier, "run_id", earlier.name.replace("TABuv", "TABuv_v0"))
+    runs, left_out = read_runs([tmp_path, tmp_path / "earlier"])
+    assert (len(runs), [other.path for other in left_out if "same run" in other.reason]) == (1, [earlier])
 
 
 def test_a_strange_key_of_a_record_changes_nothing(tmp_path):

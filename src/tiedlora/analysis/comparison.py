@@ -26,6 +26,7 @@ from tiedlora.analysis.rules import Sides
 from tiedlora.analysis.runs import Measure, NotComparable, Run, Scorebook
 from tiedlora.records.interval import Interval
 from tiedlora.records.loss_metrics import is_loss
+from tiedlora.records.scores import ScoreRecord
 from tiedlora.text import counted
 
 _PACKAGES = ("torch", "transformers")
@@ -214,6 +215,10 @@ def compare_planned(
     return comparison
 
 
+def _scores(run: Run, measure: Measure) -> list[ScoreRecord]:
+    return [scored for scored in run.scores.of(measure.split) if scored.kind == measure.kind]
+
+
 def unlike(arms: Sequence[Sequence[Run]], measure: Measure) -> list[str]:
     """Notes on what differs between the runs of some arms beside what is compared."""
     made: dict[str, Callable[[Run], set[str]]] = {
@@ -222,6 +227,8 @@ def unlike(arms: Sequence[Sequence[Run]], measure: Measure) -> list[str]:
             f"{package} {named.get(package)}" for named in run.record.all_versions for package in _PACKAGES
         },
         "made on another device": lambda run: {execution.device_and_threads for execution in run.record.executions},
+        "scored by another commit": lambda run: {scored.code.short for scored in _scores(run, measure)},
+        "scored with other settings of the metric": lambda run: {str(one.signatures) for one in _scores(run, measure)},
     }
     # A loss has no answers.
     if not is_loss(measure.metric):

@@ -26,7 +26,7 @@ from tiedlora.config.identity import leaves
 from tiedlora.config.sizes import is_near
 from tiedlora.config.trial_arm import TrialArm, own_values
 from tiedlora.records.provenance import CHAT_TEMPLATE, TARGET_BLANK, TOKENIZER
-from tiedlora.records.scores import KINDS, Finished
+from tiedlora.records.scores import KINDS, Finished, Kind, ScoreRecord
 from tiedlora.records.selection import RateChoice, Selection
 
 LONGEST_VALUE = 24
@@ -198,6 +198,9 @@ def group_runs(
             _recorded_choices(members, choices),
         )
         _mark_mixtures(group)
+        _mark_mixed_scores(group)
+        if any(own.startswith("mixed ") for own in group.marks):
+            group.short_marks.append("mixed")
         _mark_arm(group)
         groups.append(group)
     values = [_setting_and_own(members[0]) for members in runs_of.values()]
@@ -338,12 +341,29 @@ def _mark_mixtures(group: RunGroup) -> None:
     mark("processors", (name for execution in executions if (name := execution.processor)), "; ")
     if len(group.training_digests) > 1:
         group.marks.append("mixed data: seeds were trained on different rows")
-    if any(own.startswith("mixed ") for own in group.marks):
-        group.short_marks.append("mixed")
     halved = [run.seed for run in group.runs if any(scored.batch_halvings for scored in run.scores.adapted.values())]
     if halved:
         seeds = f"seed{'s' if len(halved) > 1 else ''} {', '.join(map(str, halved))}"
         group.marks.append(f"too little memory: {seeds} scored in smaller batches than score.batch_size")
+
+
+def _mark_mixed_scores(group: RunGroup) -> None:
+    """Mark what differs between the scores of the seeds. They may have been added later, by other code."""
+    of_file: dict[tuple[str, Kind], list[ScoreRecord]] = defaultdict(list)
+    for run in group.runs:
+        for (split, kind), scored in run.scores.adapted.items():
+            of_file[split, kind].append(scored)
+    for (split, kind), records in of_file.items():
+        made = {
+            "commits": {scored.code.short for scored in records},
+            "settings of metrics": {json.dumps(scored.signatures, sort_keys=True) for scored in records},
+            "devices": {scored.execution.device_and_threads for scored in records},
+        }
+        for what, values in made.items():
+            if len(values) > 1:
+                group.marks.append(f"mixed {what} of the {kind} on {split}: {'; '.join(sorted(values))}")
+        if any(scored.code.dirty for scored in records):
+            group.marks.append(f"the {kind} on {split} were scored by uncommitted code")
 
 
 def _mark_arm(group: RunGroup) -> None:

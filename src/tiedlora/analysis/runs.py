@@ -179,10 +179,15 @@ def read_runs(roots: Iterable[Path]) -> tuple[list[Run], list[LeftOut]]:
         run = read_run(folder)
         if isinstance(run, LeftOut):
             left_out.append(run)
-        elif run.run_id in runs:
-            left_out.append(LeftOut(folder, f"the same run as {runs[run.run_id].path}"))
-        else:
-            runs[run.run_id] = run
+            continue
+        # The id begins with the name of an option, which may have been renamed since.
+        digest = identity_digest(run.record.identity.tree)
+        first = runs.setdefault(digest, run)
+        if first is not run:
+            # Of a run and its copy, one may lack scores that the other has.
+            kept, other = (run, first) if len(run.scores.adapted) > len(first.scores.adapted) else (first, run)
+            runs[digest] = kept
+            left_out.append(LeftOut(other.path, f"the same run as {kept.path}"))
     return list(runs.values()), left_out
 
 
