@@ -119,6 +119,7 @@ def test_a_specification_of_ones_own_survives_json(tmp_path, ids):
 @pytest.mark.parametrize(
     ("values", "says"),
     [
+        ({"task_type": "SEQ_CLS"}, r'^TiedLoraConfig\.task_type=SEQ_CLS: .*set task_type="CAUSAL_LM"$'),
         ({"tying": "TABv"}, "TABv: is not one of LoRA"),
         ({"tying": {"A": {"shared": 2}}}, r"TiedLoraConfig\.tying\.A\.shared: unknown key"),
         ({"layout": {"layers": 3, "nonsense": 1}}, r"TiedLoraConfig\.layout\.nonsense: unknown key"),

@@ -83,10 +83,9 @@ def read(model: nn.Module, layout: Layout | None = None) -> Architecture:
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     layout = layout or Layout()
     if not layout.layers:
-        is_known = config.model_type in FAMILIES
-        if getattr(config, "is_encoder_decoder", False) or not (is_known or _has_head(model)):
+        if getattr(config, "is_encoder_decoder", False) or not _has_head(model):
             raise UserError(not_causal(model))
-        if not is_known:
+        if config.model_type not in FAMILIES:
             raise UserError(unknown_family(config.model_type, candidates(model)))
     try:
         heads = config.num_attention_heads
@@ -110,8 +109,12 @@ def read(model: nn.Module, layout: Layout | None = None) -> Architecture:
 
 
 def _has_head(model: nn.Module) -> bool:
-    """Whether a model is a causal language model, by the name of its class."""
-    return any(word in type(model).__name__ for word in ("CausalLM", "LMHead"))
+    """Whether a model is a causal language model, by the name of its class or of one that it is made from.
+
+    A classifier of a known family has another head, which would stay frozen, random and unsaved.
+    """
+    kinds = type(getattr(model, "_orig_mod", model)).__mro__  # torch.compile wraps a model
+    return any(word in kind.__name__ for kind in kinds for word in ("CausalLM", "LMHead"))
 
 
 def not_causal(model: object) -> str:
@@ -192,11 +195,7 @@ def _check_module(model: nn.Module, path: str, target: str, shape: tuple[int, in
     except AttributeError:
         names = ", ".join(candidates(model)[:CANDIDATES_SHOWN])
         known = f"its candidates are {names}" if names else "it has no linear layers"
-        missing = f"no module {path}, where '{target}' should be; {known}"
-        if not _has_head(model):
-            # The body alone, such as a LlamaModel.
-            raise UserError(f"{not_causal(model)}; it has {missing}") from None
-        raise UserError(f"attach: the model has {missing}") from None
+        raise UserError(f"attach: the model has no module {path}, where '{target}' should be; {known}") from None
     # bitsandbytes replaces a Conv1D by a linear layer. Weights in 8-bit floats cannot be multiplied as they are.
     is_quantised = linear.is_quantised(module)
     is_linear = isinstance(module, Conv1D if transposed and not is_quantised else nn.Linear)

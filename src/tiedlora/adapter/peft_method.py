@@ -39,7 +39,7 @@ class TiedLoraConfig(PeftConfig):
     """A Tied-LoRA adapter for PEFT.
 
     Raises:
-        UserError: `tying` is neither a name nor a specification.
+        UserError: `tying` is neither a name nor a specification, or `task_type` is another one than CAUSAL_LM.
     """
 
     r: int = 8
@@ -63,6 +63,12 @@ class TiedLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PEFT_TYPE
+        if self.task_type not in (None, "CAUSAL_LM"):
+            # PEFT would train and save a head of the task beside the adapter. The method trains its parts alone.
+            raise UserError(
+                f"TiedLoraConfig.task_type={getattr(self.task_type, 'value', self.task_type)}: only a causal language "
+                'model is adapted; set task_type="CAUSAL_LM"'
+            )
         if isinstance(self.tying, Tying):
             self.tying = asdict(self.tying)
         if isinstance(self.layout, Layout):
