@@ -188,6 +188,10 @@ class Encoder:
             "task.max_new_tokens, raise task.max_prompt_tokens, or take a model of longer context"
         )
 
+    def cuts_answer(self, example: Example) -> bool:
+        """Whether an answer that equals the target would be cut off."""
+        return len(self.continuation(example.target)) > self.config.max_new_tokens
+
     def shortened(self, example: Example) -> Example | None:
         """The example itself if its prompt fits. Otherwise its `cuttable` text is shortened, at the end of a word.
 

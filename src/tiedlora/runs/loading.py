@@ -128,9 +128,12 @@ def load(config: Config, world: World) -> Loaded:
     if "test" in config.score.splits:
         examples["test"] = load_examples(task, "test", config.data_root)
         warn_of_trained_rows(config.task.name, read.examples["train"], examples["test"])
+    generates = not has_choices and not all(map(is_loss, config.score.metrics or task.metrics))
     for split in config.score.splits:
-        for example in examples[split]:
-            encoder.scored(example)
+        scored = [encoder.scored(example) for example in examples[split]]
+        if generates and (long := sum(encoder.cuts_answer(example) for example in scored)):
+            most = config.task.max_new_tokens
+            log.warning("%d of %d %s targets are longer than task.max_new_tokens=%d", long, len(scored), split, most)
     # 4. The adapter, or the arm of another method, which is admitted first.
     try:
         arm, admission = _attached(config, base, rows["train"].encoded, world)
