@@ -181,8 +181,21 @@ class TiedLoraModel(BaseTuner):
 
     @override
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Add the update to the weights. `unmerge_adapter` restores them from a copy."""
+        """Add the update to the weights. `unmerge_adapter` restores them from a copy.
+
+        Raises:
+            UserError: `adapter_names` are others than the adapter's, or as `Attached.merge`.
+            ValueError: with `safe_merge`, a merged weight is no number. The weights are then as before.
+        """
+        if adapter_names not in (None, [*self.peft_config]):
+            raise UserError(f"adapter_names={adapter_names}: the model has one adapter, {[*self.peft_config]}; name it")
         self.attached.merge()
+        modules = map(self.attached.model.get_submodule, self.attached.adapter.paths())
+        if safe_merge and not all(torch.isfinite(module.weight).all() for module in modules):  # type: ignore[arg-type]
+            self.attached.unmerge()
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {[*self.peft_config]} seems to be broken"
+            )
 
     @override
     def unmerge_adapter(self) -> None:
@@ -196,9 +209,14 @@ class TiedLoraModel(BaseTuner):
 
     @override
     def _unload_and_optionally_merge(  # type: ignore[override]
-        self, merge: bool = True, *args: Any, **kwargs: Any
+        self,
+        merge: bool = True,
+        progressbar: bool = True,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
+            self.merge_adapter(adapter_names, safe_merge)
             self.attached.fuse()
         else:
             self.attached.detach()
