@@ -178,6 +178,15 @@ class TestUnknownFamilies:
         tiedlora.load(tmp_path / "adapter", model)
         assert torch.equal(logits(model, ids), adapted)
 
+    def test_fused_heads_of_one_key_and_value(self, ids):
+        model = family_model("falcon")
+        before = logits(model, ids)
+        layout = Layout(layers="transformer.h", sites={"qkv": ["self_attention.query_key_value"]})
+        attached = attach(model, "TABuv", RANK, layout=layout)
+        assert attached.adapter.architecture.kv_heads == 1
+        randomise(attached.adapter, scale=0.25)
+        assert not torch.equal(logits(model, ids), before)
+
     def test_a_wrong_layout_names_the_module(self, model):
         wrong = Layout(layers="model.decoder.layers", sites={"qkv": ["self_attn.c_attn"]})
         with pytest.raises(UserError, match=r"no module model.decoder.layers.0.self_attn.c_attn.*candidates are"):

@@ -29,12 +29,13 @@ NUMBERS = {
 FAMILIES = tuple(NUMBERS)
 SCALED = {"granite": dict(**GROUPED, logits_scaling=8.0), "cohere": dict(**GROUPED, logit_scale=0.0625)}
 """Families without a layout of ours, whose logits have a factor."""
+OTHERS = {"falcon": dict(multi_query=True)}
 
 
 def family_model(family: str, **changes):
     """A model in float32 and evaluation mode, with the same weights every time."""
     sizes = {} if family == "gpt2" else SIZES
-    config = AutoConfig.for_model(family, **{**BASICS, **sizes, **(NUMBERS | SCALED)[family], **changes})
+    config = AutoConfig.for_model(family, **{**BASICS, **sizes, **(NUMBERS | SCALED | OTHERS)[family], **changes})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

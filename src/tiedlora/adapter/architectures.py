@@ -89,12 +89,14 @@ def read(model: nn.Module, layout: Layout | None = None) -> Architecture:
             raise UserError(unknown_family(config.model_type, candidates(model)))
     try:
         heads = config.num_attention_heads
+        # Falcon 7B's kind says so by this alone.
+        one_kv = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
         return Architecture(
             family=config.model_type,
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            kv_heads=1 if one_kv else getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             # GPT-2 calls it n_inner. None means four times the hidden size.
             intermediate=getattr(config, "intermediate_size", getattr(config, "n_inner", None))
