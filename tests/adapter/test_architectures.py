@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.families import FAMILIES, family_model
+from helpers.families import FAMILIES, family_model, model_of_images
 from helpers.tiny import EIGHT, logits, randomise
 from torch import nn
 from transformers import (
@@ -186,6 +186,15 @@ class TestUnknownFamilies:
         assert attached.adapter.architecture.kv_heads == 1
         randomise(attached.adapter, scale=0.25)
         assert not torch.equal(logits(model, ids), before)
+
+    def test_a_model_that_reads_images_is_told_where_its_layers_are(self):
+        model = model_of_images()
+        says = (
+            r"gemma3_text in model\.language_model\.layers; .*layout='{layers: model\.language_model\.layers, sites: "
+        )
+        with pytest.raises(UserError, match=says):
+            attach(model, "TABuv", RANK)
+        assert "vision" not in architectures.candidates(model)[0]
 
     def test_a_wrong_layout_names_the_module(self, model):
         wrong = Layout(layers="model.decoder.layers", sites={"qkv": ["self_attn.c_attn"]})

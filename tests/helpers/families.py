@@ -39,3 +39,15 @@ def family_model(family: str, **changes):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def model_of_images():
+    """A Gemma 3 that also reads images, as from 4B on. Its other part has projections of the same names."""
+    images = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    text = {**BASICS, **SIZES, **NUMBERS["gemma3_text"]}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=images, mm_tokens_per_image=4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

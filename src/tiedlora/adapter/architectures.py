@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tiedlora.adapter import linear
 from tiedlora.errors import UserError
-from tiedlora.families import CANDIDATES_SHOWN, FAMILIES, layout_of, unknown_family
+from tiedlora.families import CANDIDATES_SHOWN, FAMILIES, by_hand, layout_of, unknown_family
 from tiedlora.tying import Architecture, Layout, Tying, adapted_layers, target_shape
 
 _QKV = ("q", "k", "v")
@@ -83,6 +83,7 @@ def read(model: nn.Module, layout: Layout | None = None) -> Architecture:
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     layout = layout or Layout()
     if not layout.layers:
+        _refuse_other_inputs(model, config.model_type)
         if getattr(config, "is_encoder_decoder", False) or not _has_head(model):
             raise UserError(not_causal(model))
         if config.model_type not in FAMILIES:
@@ -108,6 +109,16 @@ def read(model: nn.Module, layout: Layout | None = None) -> Architecture:
         raise UserError(
             f"model: its configuration ({config.model_type}) lacks a number that is needed: {error}"
         ) from None
+
+
+def _refuse_other_inputs(model: nn.Module, family: str) -> None:
+    """Refuse a model of a known family that also reads images or sound: its layers are deeper inside (Gemma 3 4B)."""
+    inside = (path for path, _ in model.named_modules() if path.endswith("language_model.layers"))
+    if family in FAMILIES and (layers := next(inside, None)):
+        raise UserError(
+            f"attach: {type(model).__name__} has its {family} in {layers}; name its projections by hand: "
+            f"{by_hand(layers, FAMILIES[family])}"
+        )
 
 
 def _has_head(model: nn.Module) -> bool:
@@ -215,11 +226,11 @@ def _check_module(model: nn.Module, path: str, target: str, shape: tuple[int, in
 
 
 def candidates(model: nn.Module) -> list[str]:
-    """The linear modules in layers, such as `layers.*.self_attn.q_proj (64 x 64)`."""
+    """The linear modules in layers, such as `layers.*.self_attn.q_proj (64 x 64)`; those of images and sound last."""
     described: dict[str, str] = {}
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)):
             pattern = re.sub(r"\.\d+\.", ".*.", path, count=1)
             if pattern != path:
                 described.setdefault(pattern, f"{pattern} ({' x '.join(map(str, linear.weight_shape(module)))})")
-    return list(described.values())
+    return sorted(described.values(), key=lambda text: "vision" in text or "audio" in text)
