@@ -28,6 +28,18 @@ def encoder(*overrides: str, context: int = 512, template: str | None = None) ->
     return Encoder(tokenizer, composed(["task=squad", "task.max_new_tokens=20", *overrides]).task, context)
 
 
+def test_the_end_of_a_turn_that_is_not_trained_is_known():
+    coder = encoder("task.chat_template=true", template=CHAT)
+    assert coder.other_turn_end() is None, "it is no token here"
+    coder.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    assert coder.other_turn_end() == "<|im_end|>"
+    coder.tokenizer.eos_token = "<|im_end|>"
+    assert coder.other_turn_end() is None
+    assert encoder().other_turn_end() is None
+    for_prompts = "{% if not add_generation_prompt %}{{ raise_exception('no') }}{% endif %}" + CHAT
+    assert encoder("task.chat_template=true", template=for_prompts).other_turn_end() is None
+
+
 def test_the_rules_of_a_folders_tokenizer_are_known_by_their_content(tmp_path):
     found = []
     for number, end in enumerate(("<|end|>", "a", "a")):

@@ -122,19 +122,36 @@ class Encoder:
         """
         if self.config.chat_template:
             turn = [{"role": "user", "content": text}] if self.config.messages is None else json.loads(text)
-            options = {"chat_template": self._dated_template, "add_generation_prompt": True, "tokenize": False}
-            try:
-                text = self.tokenizer.apply_chat_template(turn, **options)
-            except Exception as error:  # a template is a program, and may end with any error
-                if is_out_of_memory(error):
-                    raise
-                reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-                raise UserError(
-                    f"task.chat_template=true: the chat template of this model cannot be used ({reason}); mend it in "
-                    "the model's folder, or set task.chat_template=false"
-                ) from None
-            return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+            return tuple(self.tokenizer(self._rendered(turn, True), add_special_tokens=False).input_ids)
         return self.text(text)
+
+    def _rendered(self, turns: list[dict[str, str]], asks: bool) -> str:
+        """The text of chat messages by the template; with `asks`, also the beginning of the assistant's next one."""
+        options = {"chat_template": self._dated_template, "add_generation_prompt": asks, "tokenize": False}
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, **options))
+        except Exception as error:  # a template is a program, and may end with any error
+            if is_out_of_memory(error):
+                raise
+            reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+            raise UserError(
+                f"task.chat_template=true: the chat template of this model cannot be used ({reason}); mend it in "
+                "the model's folder, or set task.chat_template=false"
+            ) from None
+
+    def other_turn_end(self) -> str | None:
+        """The token with which the chat template ends an answer, if it is another than the one that is trained."""
+        if not self.config.chat_template:
+            return None
+        answer = "answer"
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+        after = ""
+        # A template may be for prompts alone. One that is wrong is named with the first row.
+        with suppress(UserError):
+            after = self._rendered(turns, False).rpartition(answer)[2]
+        special = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        ends = [id for id in self.tokenizer(after, add_special_tokens=False).input_ids if id in special]
+        return self.tokenizer.decode(ends[0]) if ends and ends[0] != self.tokenizer.eos_token_id else None
 
     def text(self, text: str) -> tuple[int, ...]:
         """Token ids of a text that starts a sequence, with the token that the model expects there, and no template."""

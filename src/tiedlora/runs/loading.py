@@ -121,6 +121,9 @@ def load(config: Config, world: World) -> Loaded:
         base = cached_base(config, device, world if config.train.shard else None)
     # 2. The rows as token ids, without those that do not fit. Given texts are compared whole, so no token ends them.
     encoder = Encoder(base.tokenizer, config.task, config.model.context, () if has_choices else base.more_ends)
+    if (end := encoder.other_turn_end()) is not None:
+        trained = base.tokenizer.eos_token
+        log.info("the chat template ends an answer with %s, and each target ends with %s instead", end, trained)
     rows = _encoded(read, encoder, base, Path(config.cache))
     check_batch_tokens(rows["train"].encoded, config.train)
     # 3. The rows that are scored. A mistake in them is known now, because later it would cost the time of a training.
