@@ -174,7 +174,7 @@ def test_tokens_are_kept_by_content(tmp_path, monkeypatch):
 def sentencepiece(request):
     """A tokenizer with SentencePiece's marks, as Mistral's file describes it: with a blank before every text."""
     marks = [normalizers.Prepend("\u2581")] if request.param else []
-    characters = ["<s>", "</s>", "\u2581", *"Ask:nox"]
+    characters = ["<s>", "</s>", "\u2581", *"Ask:nox\n"]
     pieces = {piece: number for number, piece in enumerate(characters)}
     tokenizer = tokenizers.Tokenizer(models.BPE(pieces, []))
     tokenizer.normalizer = normalizers.Sequence([*marks, normalizers.Replace(" ", "\u2581")])
@@ -188,4 +188,6 @@ def test_a_target_has_one_blank_also_where_the_tokenizer_adds_one(sentencepiece)
     encoded = coder.example(Example("a", "Ask:", " no"))
     together = tokenizer("Ask: no", add_special_tokens=False).input_ids
     assert [*encoded.prompt, *encoded.target[:-1]] == together
+    encoded = coder.example(Example("a", "Ask\n", "no"))
+    assert [*encoded.prompt, *encoded.target[:-1]] == tokenizer("Ask\nno", add_special_tokens=False).input_ids
     assert not encoder().leaves_out_blank

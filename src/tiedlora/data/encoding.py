@@ -31,7 +31,7 @@ from tiedlora.tasks import Example
 
 BLANK_MARK = "\u2581"
 """How SentencePiece writes a blank in a token."""
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 """Raise it when encode_rows gives other token ids for the same rows."""
 ONE_DATE = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro %}{{ '' }}"
 """Put before a chat template that asks for the date: runs of different days have the same prompts. Llama 3.2's date."""
@@ -181,9 +181,15 @@ class Encoder:
         return bool(first) and str(first[0]).startswith(BLANK_MARK) and alone != with_blank
 
     def continuation(self, text: str) -> tuple[int, ...]:
-        """Token ids after a prompt. A chat template takes off all leading blanks, `leaves_out_blank` only one."""
+        """Token ids after a prompt. A chat template takes off all leading blanks, `leaves_out_blank` only one.
+
+        Where the tokenizer puts a blank before every text, one that begins without is encoded behind a line feed.
+        """
         if self.config.chat_template:
             text = text.lstrip(" ")
+        elif self.leaves_out_blank and not text.startswith(" "):
+            line, both = (self.tokenizer(part, add_special_tokens=False).input_ids for part in ("\n", f"\n{text}"))
+            return tuple(both[len(line) :])
         elif self.leaves_out_blank:
             text = text.removeprefix(" ")
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
