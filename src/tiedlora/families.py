@@ -80,6 +80,14 @@ def unknown_family(family: str, names: Sequence[str]) -> str:
     listed = f"its linear layers are {', '.join(names[:CANDIDATES_SHOWN])}; " if names else ""
     return (
         f"model.architecture.family={family}: its layout is unknown; known are {', '.join(sorted(FAMILIES))}; {listed}"
-        "name its projections by hand: +model.architecture.layout='{layers: model.layers, sites: {qkv: "
-        "[self_attn.q_proj, self_attn.k_proj, self_attn.v_proj]}}', or layout=tiedlora.Layout(...) from Python"
+        f"name its projections by hand: {by_hand('model.layers', _SEPARATE)}"
+    )
+
+
+def by_hand(layers: str, layout: Layout) -> str:
+    """What to write so that the fused QKV of a layout is adapted in the layers of this path."""
+    sites = ", ".join(layout.sites["qkv"])
+    return (
+        f"+model.architecture.layout='{{layers: {layers}, sites: {{qkv: [{sites}]}}}}', or layout=tiedlora.Layout(...) "
+        "from Python"
     )

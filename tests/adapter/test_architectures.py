@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.families import FAMILIES, family_model
+from helpers.families import FAMILIES, family_model, model_of_images
 from helpers.tiny import EIGHT, logits, randomise
 from torch import nn
 from transformers import (
@@ -11,6 +11,7 @@ from transformers import (
     BertConfig,
     BertModel,
     LlamaConfig,
+    LlamaForSequenceClassification,
     LlamaModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -138,6 +139,7 @@ def test_every_projection_can_be_adapted(family, ids):
         nn.Linear(3, 3),
         BertModel(BertConfig(**SIZES)),
         LlamaModel(LlamaConfig(**SIZES)),
+        LlamaForSequenceClassification(LlamaConfig(**SIZES)),
         T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, num_layers=2, num_heads=4, d_ff=64, vocab_size=50)),
     ],
     ids=lambda model: type(model).__name__,
@@ -175,6 +177,24 @@ class TestUnknownFamilies:
         assert load(tmp_path / "adapter")[0].architecture.layout == self.LAYOUT
         tiedlora.load(tmp_path / "adapter", model)
         assert torch.equal(logits(model, ids), adapted)
+
+    def test_fused_heads_of_one_key_and_value(self, ids):
+        model = family_model("falcon")
+        before = logits(model, ids)
+        layout = Layout(layers="transformer.h", sites={"qkv": ["self_attention.query_key_value"]})
+        attached = attach(model, "TABuv", RANK, layout=layout)
+        assert attached.adapter.architecture.kv_heads == 1
+        randomise(attached.adapter, scale=0.25)
+        assert not torch.equal(logits(model, ids), before)
+
+    def test_a_model_that_reads_images_is_told_where_its_layers_are(self):
+        model = model_of_images()
+        says = (
+            r"gemma3_text in model\.language_model\.layers; .*layout='{layers: model\.language_model\.layers, sites: "
+        )
+        with pytest.raises(UserError, match=says):
+            attach(model, "TABuv", RANK)
+        assert "vision" not in architectures.candidates(model)[0]
 
     def test_a_wrong_layout_names_the_module(self, model):
         wrong = Layout(layers="model.decoder.layers", sites={"qkv": ["self_attn.c_attn"]})

@@ -58,6 +58,22 @@ def test_it_is_the_same_adapter(name, ids, tmp_path):
     assert set(merged.state_dict()) == set(family_model("llama").state_dict())
 
 
+def test_safe_merge_refuses_what_is_no_number_and_a_name_is_the_adapters(ids):
+    model = wrapped()
+    randomise(model.base_model.attached.adapter, scale=0.25)
+    with pytest.raises(UserError, match=r"^adapter_names=\['nope'\]: the model has one adapter, \['default'\]"):
+        model.merge_adapter(adapter_names=["nope"])
+    model.merge_adapter(adapter_names=["default"], safe_merge=True)
+    model.unmerge_adapter()
+    parts = model.base_model.attached.adapter.parts()
+    parts["qkv.B"].data[..., 0] = torch.nan
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+            merge(safe_merge=True)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids), logits(family_model("llama"), ids))
+
+
 def test_low_cpu_mem_usage_gives_the_same_adapter(ids, tmp_path):
     # PEFT then makes tensors without values, assigns those of the file, and moves them to the base.
     model = wrapped()
@@ -119,6 +135,7 @@ def test_a_specification_of_ones_own_survives_json(tmp_path, ids):
 @pytest.mark.parametrize(
     ("values", "says"),
     [
+        ({"task_type": "SEQ_CLS"}, r'^TiedLoraConfig\.task_type=SEQ_CLS: .*set task_type="CAUSAL_LM"$'),
         ({"tying": "TABv"}, "TABv: is not one of LoRA"),
         ({"tying": {"A": {"shared": 2}}}, r"TiedLoraConfig\.tying\.A\.shared: unknown key"),
         ({"layout": {"layers": 3, "nonsense": 1}}, r"TiedLoraConfig\.layout\.nonsense: unknown key"),

@@ -28,6 +28,18 @@ def encoder(*overrides: str, context: int = 512, template: str | None = None) ->
     return Encoder(tokenizer, composed(["task=squad", "task.max_new_tokens=20", *overrides]).task, context)
 
 
+def test_the_end_of_a_turn_that_is_not_trained_is_known():
+    coder = encoder("task.chat_template=true", template=CHAT)
+    assert coder.other_turn_end() is None, "it is no token here"
+    coder.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    assert coder.other_turn_end() == "<|im_end|>"
+    coder.tokenizer.eos_token = "<|im_end|>"
+    assert coder.other_turn_end() is None
+    assert encoder().other_turn_end() is None
+    for_prompts = "{% if not add_generation_prompt %}{{ raise_exception('no') }}{% endif %}" + CHAT
+    assert encoder("task.chat_template=true", template=for_prompts).other_turn_end() is None
+
+
 def test_the_rules_of_a_folders_tokenizer_are_known_by_their_content(tmp_path):
     found = []
     for number, end in enumerate(("<|end|>", "a", "a")):
@@ -162,7 +174,7 @@ def test_tokens_are_kept_by_content(tmp_path, monkeypatch):
 def sentencepiece(request):
     """A tokenizer with SentencePiece's marks, as Mistral's file describes it: with a blank before every text."""
     marks = [normalizers.Prepend("\u2581")] if request.param else []
-    characters = ["<s>", "</s>", "\u2581", *"Ask:nox"]
+    characters = ["<s>", "</s>", "\u2581", *"Ask:nox\n"]
     pieces = {piece: number for number, piece in enumerate(characters)}
     tokenizer = tokenizers.Tokenizer(models.BPE(pieces, []))
     tokenizer.normalizer = normalizers.Sequence([*marks, normalizers.Replace(" ", "\u2581")])
@@ -176,4 +188,6 @@ def test_a_target_has_one_blank_also_where_the_tokenizer_adds_one(sentencepiece)
     encoded = coder.example(Example("a", "Ask:", " no"))
     together = tokenizer("Ask: no", add_special_tokens=False).input_ids
     assert [*encoded.prompt, *encoded.target[:-1]] == together
+    encoded = coder.example(Example("a", "Ask\n", "no"))
+    assert [*encoded.prompt, *encoded.target[:-1]] == tokenizer("Ask\nno", add_special_tokens=False).input_ids
     assert not encoder().leaves_out_blank

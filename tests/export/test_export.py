@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.families import FAMILIES, family_model
+from helpers.families import FAMILIES, family_model, model_of_images
 from helpers.report_runs import make_config, make_record
 from helpers.tiny import EIGHT, close, logits, randomise, rows_of, saved_tiny, tying_option
 from omegaconf import OmegaConf
@@ -66,6 +66,20 @@ def test_other_targets_are_exact_too(family, targets, ids, tmp_path):
     attached, twin, adapted = random_adapter(family, spec, ids)
     to_peft(attached.adapter, tmp_path, "a/base")
     assert close(logits(PeftModel.from_pretrained(twin, tmp_path), ids), adapted)
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+def test_pefts_lora_adapts_no_module_of_the_same_name_elsewhere(layers, ids, tmp_path):
+    layout = tiedlora.Layout("model.language_model.layers", {"qkv": [f"self_attn.{part}_proj" for part in "qkv"]})
+    model = model_of_images()
+    attached = attach(model, replace(tiedlora.named("TABuv"), layers=layers), 4, layout=layout)
+    randomise(attached.adapter, scale=0.25)
+    to_peft(attached.adapter, tmp_path, "a/base")
+    theirs = PeftModel.from_pretrained(model_of_images(), tmp_path)
+    assert close(logits(theirs, ids), logits(model, ids))
+    adapted = {name for name, _ in theirs.named_modules() if name.endswith("_proj.lora_A")}
+    assert len(adapted) == 3 * len(attached.adapter.layers)
+    assert not any("vision" in name for name in adapted)
 
 
 def test_the_folder_is_what_pefts_format_wants(ids, tmp_path):

@@ -29,12 +29,25 @@ NUMBERS = {
 FAMILIES = tuple(NUMBERS)
 SCALED = {"granite": dict(**GROUPED, logits_scaling=8.0), "cohere": dict(**GROUPED, logit_scale=0.0625)}
 """Families without a layout of ours, whose logits have a factor."""
+OTHERS = {"falcon": dict(multi_query=True)}
 
 
 def family_model(family: str, **changes):
     """A model in float32 and evaluation mode, with the same weights every time."""
     sizes = {} if family == "gpt2" else SIZES
-    config = AutoConfig.for_model(family, **{**BASICS, **sizes, **(NUMBERS | SCALED)[family], **changes})
+    config = AutoConfig.for_model(family, **{**BASICS, **sizes, **(NUMBERS | SCALED | OTHERS)[family], **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def model_of_images():
+    """A Gemma 3 that also reads images, as from 4B on. Its other part has projections of the same names."""
+    images = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    text = {**BASICS, **SIZES, **NUMBERS["gemma3_text"]}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=images, mm_tokens_per_image=4)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -132,6 +133,28 @@ class TestOneKey:
         words = ["model.path=mine", f"+model.architecture.layout={layout}", "tying.targets=[q]"]
         model = compose.compose_config(words).model
         assert (model.architecture.family, model.architecture.layers, model.context) == ("opt", 2, 64)
+
+
+@pytest.mark.parametrize("rope", ["longrope", "dynamic"])
+def test_the_context_ends_where_a_rope_would_depend_on_the_batch(rope, mine, caplog):
+    scaled = {"rope_type": rope, "rope_theta": 10000.0, "factor": 4.0}
+    limit = 512
+    if rope == "longrope":
+        scaled |= {
+            "original_max_position_embeddings": (limit := 64),
+            "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4,
+        }
+    change(mine, rope_parameters=scaled)
+    model = compose.compose_config(["model.path=mine"]).model
+    assert model.context == limit
+    caplog.set_level(logging.INFO, logger="tiedlora")
+    load_base(model, "float32", resolve_device("cpu"), CACHE)
+    assert ("model.context=64 of 512 positions, because beyond" in caplog.text) == (rope == "longrope")
+    with pytest.raises(
+        UserError, match=rf"context=600 \(it has {limit} positions, and beyond.* write .*context: {limit}"
+    ):
+        load_base(replace(model, context=600), "float32", resolve_device("cpu"), CACHE)
 
 
 @pytest.mark.slow

@@ -8,9 +8,10 @@ from helpers.tiny import folder_of, rows_of, score_more
 from tiedlora.config.compose import compose_config
 from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import run
+from tiedlora.runs import loading, run
 from tiedlora.sweeps import staged
 from tiedlora.sweeps.expand import compose_sweep
+from tiedlora.training.distributed import ALONE
 
 SAID = "task=gsm8k: 12 test rows are also training rows (such as id "
 
@@ -67,3 +68,17 @@ def test_a_staged_sweep_launches_nothing_without_the_rows_that_it_will_score(wor
     with pytest.raises(UserError, match=r"test\.jsonl: no such file"):
         staged.run_staged(sweep, search_options(rungs=[0.25]), lambda cells, _first_job: launched.extend(cells))
     assert launched == []
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["task.max_new_tokens=6"], "8 of 8 validation targets are longer than task.max_new_tokens=6"),
+        (["task.max_new_tokens=60"], ""),
+        (["task.max_new_tokens=6", "score.metrics=[target_loss]"], ""),
+    ],
+)
+def test_targets_that_no_answer_can_equal_are_counted(more, said, words, caplog):
+    loading.load(compose_config(words(*more, "score.splits=[validation]")), ALONE).release()
+    assert said in caplog.text
+    assert ("are longer than" in caplog.text) == bool(said)

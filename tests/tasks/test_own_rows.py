@@ -328,6 +328,7 @@ def test_a_subclass_has_files_and_templates_and_scores_of_its_own():
         ("squad", ("The yes.", "yes"), ("yes it", "yes")),
         ("number", ("so 1,200 is it: $5.00.", "5.00"), ("none", "5")),
         ("number", ("so it is 42...", "42"), ("5 ...", "...6")),
+        ("number", ("10-12", "12"), ("10 -12", "12")),
     ],
 )
 def test_answers_are_compared_in_a_form_by_name(form, same, other):

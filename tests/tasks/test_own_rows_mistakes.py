@@ -163,6 +163,7 @@ MISTAKES = {  # more words -> what the message says; the rows are right
     ),
     "a form that is none": ("task.normalise=lowr", "task.normalise=lowr: must be", "(did you mean lower?)"),
     "a form of nothing": ("task.normalise=lower task.metrics=[bleu]", "task.normalise=lower: changes only exact_match"),
+    "a blank at the end": ("task.prompt='{text}: '", "task.prompt: ends with a blank, which belongs to the beginning"),
     "a brace that stays open": ("task.prompt='{text'", "cannot be read (expected '}' before end of string)"),
     "a brace that is text": ("task.target='} {topic}'", "a brace that is text is doubled: {{ or }}"),
     "a format": ("task.prompt='{text!r:>10}'", "may hold only names of fields in braces, such as {text}"),

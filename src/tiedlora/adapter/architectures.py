@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tiedlora.adapter import linear
 from tiedlora.errors import UserError
-from tiedlora.families import CANDIDATES_SHOWN, FAMILIES, layout_of, unknown_family
+from tiedlora.families import CANDIDATES_SHOWN, FAMILIES, by_hand, layout_of, unknown_family
 from tiedlora.tying import Architecture, Layout, Tying, adapted_layers, target_shape
 
 _QKV = ("q", "k", "v")
@@ -83,19 +83,21 @@ def read(model: nn.Module, layout: Layout | None = None) -> Architecture:
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     layout = layout or Layout()
     if not layout.layers:
-        is_known = config.model_type in FAMILIES
-        if getattr(config, "is_encoder_decoder", False) or not (is_known or _has_head(model)):
+        _refuse_other_inputs(model, config.model_type)
+        if getattr(config, "is_encoder_decoder", False) or not _has_head(model):
             raise UserError(not_causal(model))
-        if not is_known:
+        if config.model_type not in FAMILIES:
             raise UserError(unknown_family(config.model_type, candidates(model)))
     try:
         heads = config.num_attention_heads
+        # Falcon 7B's kind says so by this alone.
+        one_kv = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
         return Architecture(
             family=config.model_type,
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            kv_heads=1 if one_kv else getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             # GPT-2 calls it n_inner. None means four times the hidden size.
             intermediate=getattr(config, "intermediate_size", getattr(config, "n_inner", None))
@@ -109,9 +111,23 @@ def read(model: nn.Module, layout: Layout | None = None) -> Architecture:
         ) from None
 
 
+def _refuse_other_inputs(model: nn.Module, family: str) -> None:
+    """Refuse a model of a known family that also reads images or sound: its layers are deeper inside (Gemma 3 4B)."""
+    inside = (path for path, _ in model.named_modules() if path.endswith("language_model.layers"))
+    if family in FAMILIES and (layers := next(inside, None)):
+        raise UserError(
+            f"attach: {type(model).__name__} has its {family} in {layers}; name its projections by hand: "
+            f"{by_hand(layers, FAMILIES[family])}"
+        )
+
+
 def _has_head(model: nn.Module) -> bool:
-    """Whether a model is a causal language model, by the name of its class."""
-    return any(word in type(model).__name__ for word in ("CausalLM", "LMHead"))
+    """Whether a model is a causal language model, by the name of its class or of one that it is made from.
+
+    A classifier of a known family has another head, which would stay frozen, random and unsaved.
+    """
+    kinds = type(getattr(model, "_orig_mod", model)).__mro__  # torch.compile wraps a model
+    return any(word in kind.__name__ for kind in kinds for word in ("CausalLM", "LMHead"))
 
 
 def not_causal(model: object) -> str:
@@ -192,11 +208,7 @@ def _check_module(model: nn.Module, path: str, target: str, shape: tuple[int, in
     except AttributeError:
         names = ", ".join(candidates(model)[:CANDIDATES_SHOWN])
         known = f"its candidates are {names}" if names else "it has no linear layers"
-        missing = f"no module {path}, where '{target}' should be; {known}"
-        if not _has_head(model):
-            # The body alone, such as a LlamaModel.
-            raise UserError(f"{not_causal(model)}; it has {missing}") from None
-        raise UserError(f"attach: the model has {missing}") from None
+        raise UserError(f"attach: the model has no module {path}, where '{target}' should be; {known}") from None
     # bitsandbytes replaces a Conv1D by a linear layer. Weights in 8-bit floats cannot be multiplied as they are.
     is_quantised = linear.is_quantised(module)
     is_linear = isinstance(module, Conv1D if transposed and not is_quantised else nn.Linear)
@@ -214,11 +226,11 @@ def _check_module(model: nn.Module, path: str, target: str, shape: tuple[int, in
 
 
 def candidates(model: nn.Module) -> list[str]:
-    """The linear modules in layers, such as `layers.*.self_attn.q_proj (64 x 64)`."""
+    """The linear modules in layers, such as `layers.*.self_attn.q_proj (64 x 64)`; those of images and sound last."""
     described: dict[str, str] = {}
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)):
             pattern = re.sub(r"\.\d+\.", ".*.", path, count=1)
             if pattern != path:
                 described.setdefault(pattern, f"{pattern} ({' x '.join(map(str, linear.weight_shape(module)))})")
-    return list(described.values())
+    return sorted(described.values(), key=lambda text: "vision" in text or "audio" in text)

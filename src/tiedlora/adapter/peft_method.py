@@ -39,7 +39,7 @@ class TiedLoraConfig(PeftConfig):
     """A Tied-LoRA adapter for PEFT.
 
     Raises:
-        UserError: `tying` is neither a name nor a specification.
+        UserError: `tying` is neither a name nor a specification, or `task_type` is another one than CAUSAL_LM.
     """
 
     r: int = 8
@@ -63,6 +63,12 @@ class TiedLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PEFT_TYPE
+        if self.task_type not in (None, "CAUSAL_LM"):
+            # PEFT would train and save a head of the task beside the adapter. The method trains its parts alone.
+            raise UserError(
+                f"TiedLoraConfig.task_type={getattr(self.task_type, 'value', self.task_type)}: only a causal language "
+                'model is adapted; set task_type="CAUSAL_LM"'
+            )
         if isinstance(self.tying, Tying):
             self.tying = asdict(self.tying)
         if isinstance(self.layout, Layout):
@@ -175,8 +181,21 @@ class TiedLoraModel(BaseTuner):
 
     @override
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Add the update to the weights. `unmerge_adapter` restores them from a copy."""
+        """Add the update to the weights. `unmerge_adapter` restores them from a copy.
+
+        Raises:
+            UserError: `adapter_names` are others than the adapter's, or as `Attached.merge`.
+            ValueError: with `safe_merge`, a merged weight is no number. The weights are then as before.
+        """
+        if adapter_names not in (None, [*self.peft_config]):
+            raise UserError(f"adapter_names={adapter_names}: the model has one adapter, {[*self.peft_config]}; name it")
         self.attached.merge()
+        modules = map(self.attached.model.get_submodule, self.attached.adapter.paths())
+        if safe_merge and not all(torch.isfinite(module.weight).all() for module in modules):  # type: ignore[arg-type]
+            self.attached.unmerge()
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {[*self.peft_config]} seems to be broken"
+            )
 
     @override
     def unmerge_adapter(self) -> None:
@@ -190,9 +209,14 @@ class TiedLoraModel(BaseTuner):
 
     @override
     def _unload_and_optionally_merge(  # type: ignore[override]
-        self, merge: bool = True, *args: Any, **kwargs: Any
+        self,
+        merge: bool = True,
+        progressbar: bool = True,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
+            self.merge_adapter(adapter_names, safe_merge)
             self.attached.fuse()
         else:
             self.attached.detach()

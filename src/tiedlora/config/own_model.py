@@ -24,6 +24,8 @@ from tiedlora.keys import MISSING, from_person
 from tiedlora.text import is_name
 from tiedlora.tying import Architecture
 
+log = logging.getLogger(__name__)
+
 OPTION = "hub"
 """The option of conf/model/ for a model of one's own."""
 GGUF = ".gguf"
@@ -34,6 +36,7 @@ WAYS = (
     "Three ways: reach the hub (gated models: accept the licence there, then `hf auth login`); or model.path=FOLDER "
     "with its config.json, tokenizer.json and *.safetensors; or model=smollm2_135m, which needs no hub"
 )
+RESCALED = "beyond them its rope depends on the longest row of a batch"
 _UNLOADED: dict[tuple[object, ...], Any] = {}
 """The models of the files so far, or why there is none: a table asks again for each line, and the hub may be slow."""
 _NAMES_ONE = re.compile(r"\+*model\.(path|name)=(?!null$).")
@@ -238,8 +241,10 @@ def check(config: ModelConfig, model: Any) -> None:
     wrong = [f"{name}={expected[name]} (it has {size})" for name, size in sizes.items() if expected[name] != size]
     write = [f"architecture: {{{', '.join(f'{name}: {size}' for name, size in sizes.items())}}}"] if wrong else []
     most = min([config.context, *_position_limits(model, found)])
+    unscaled = _unscaled_positions(model)
     if config.context > most:
-        wrong.append(f"context={config.context} (it has {most} positions)")
+        stretched = f", and {RESCALED}" if most == unscaled else ""
+        wrong.append(f"context={config.context} (it has {most} positions{stretched})")
         write.append(f"context: {most}")
     if wrong:
         raise UserError(
@@ -247,15 +252,36 @@ def check(config: ModelConfig, model: Any) -> None:
             f"conf/model: {' and '.join(write)}; or leave out the option and the numbers: model.path= and model.name= "
             "read them from the model's files"
         )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if config.context == unscaled != positions:
+        log.info("model.context=%d of %s positions, because %s", config.context, positions, RESCALED)
 
 
 def _position_limits(model: Any, architecture: Architecture) -> list[int]:
-    """The most positions of a learned table, as GPT-2's or OPT's. Rotary positions go on, and may be stretched."""
+    """The most positions of a learned table, as GPT-2's or OPT's, and of a rope that others of a batch do not change.
+
+    Other rotary positions go on, and may be stretched.
+    """
     from torch import nn  # noqa: PLC0415
 
     owner = model.get_submodule(layout_of(architecture).layers.rpartition(".")[0])
     named = (child for name, child in owner.named_children() if name in ("wpe", "embed_positions"))
     tables = [child for child in named if isinstance(child, nn.Embedding)]
-    limits = [table.num_embeddings - getattr(table, "offset", 0) for table in tables]
-    positions = getattr(model.config, "n_positions", None)
-    return [*limits, positions] if positions else limits
+    limits: list[int | None] = [table.num_embeddings - getattr(table, "offset", 0) for table in tables]
+    limits += [getattr(model.config, "n_positions", None), _unscaled_positions(model)]
+    return [limit for limit in limits if limit]
+
+
+def _unscaled_positions(model: Any) -> int | None:
+    """The positions up to which the rope of a model is the same in each batch; None if it always is.
+
+    transformers chooses the factors of longrope (Phi-3), and those of dynamic scaling, by the longest row of a batch.
+    """
+    config = model.config.get_text_config()
+    ropes = getattr(config, "rope_parameters", None) or {}
+    # One rope, or one for each type of layer.
+    ropes = [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if isinstance(rope, dict)]
+    limits = [rope["original_max_position_embeddings"] for rope in ropes if rope.get("rope_type") == "longrope"]
+    if any(rope.get("rope_type") == "dynamic" for rope in ropes):
+        limits.append(config.max_position_embeddings)
+    return min(limits, default=None)

@@ -31,7 +31,7 @@ from tiedlora.tasks import Example
 
 BLANK_MARK = "\u2581"
 """How SentencePiece writes a blank in a token."""
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 """Raise it when encode_rows gives other token ids for the same rows."""
 ONE_DATE = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro %}{{ '' }}"
 """Put before a chat template that asks for the date: runs of different days have the same prompts. Llama 3.2's date."""
@@ -122,19 +122,36 @@ class Encoder:
         """
         if self.config.chat_template:
             turn = [{"role": "user", "content": text}] if self.config.messages is None else json.loads(text)
-            options = {"chat_template": self._dated_template, "add_generation_prompt": True, "tokenize": False}
-            try:
-                text = self.tokenizer.apply_chat_template(turn, **options)
-            except Exception as error:  # a template is a program, and may end with any error
-                if is_out_of_memory(error):
-                    raise
-                reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-                raise UserError(
-                    f"task.chat_template=true: the chat template of this model cannot be used ({reason}); mend it in "
-                    "the model's folder, or set task.chat_template=false"
-                ) from None
-            return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+            return tuple(self.tokenizer(self._rendered(turn, True), add_special_tokens=False).input_ids)
         return self.text(text)
+
+    def _rendered(self, turns: list[dict[str, str]], asks: bool) -> str:
+        """The text of chat messages by the template; with `asks`, also the beginning of the assistant's next one."""
+        options = {"chat_template": self._dated_template, "add_generation_prompt": asks, "tokenize": False}
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, **options))
+        except Exception as error:  # a template is a program, and may end with any error
+            if is_out_of_memory(error):
+                raise
+            reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+            raise UserError(
+                f"task.chat_template=true: the chat template of this model cannot be used ({reason}); mend it in "
+                "the model's folder, or set task.chat_template=false"
+            ) from None
+
+    def other_turn_end(self) -> str | None:
+        """The token with which the chat template ends an answer, if it is another than the one that is trained."""
+        if not self.config.chat_template:
+            return None
+        answer = "answer"
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+        after = ""
+        # A template may be for prompts alone. One that is wrong is named with the first row.
+        with suppress(UserError):
+            after = self._rendered(turns, False).rpartition(answer)[2]
+        special = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        ends = [id for id in self.tokenizer(after, add_special_tokens=False).input_ids if id in special]
+        return self.tokenizer.decode(ends[0]) if ends and ends[0] != self.tokenizer.eos_token_id else None
 
     def text(self, text: str) -> tuple[int, ...]:
         """Token ids of a text that starts a sequence, with the token that the model expects there, and no template."""
@@ -164,9 +181,15 @@ class Encoder:
         return bool(first) and str(first[0]).startswith(BLANK_MARK) and alone != with_blank
 
     def continuation(self, text: str) -> tuple[int, ...]:
-        """Token ids after a prompt. A chat template takes off all leading blanks, `leaves_out_blank` only one."""
+        """Token ids after a prompt. A chat template takes off all leading blanks, `leaves_out_blank` only one.
+
+        Where the tokenizer puts a blank before every text, one that begins without is encoded behind a line feed.
+        """
         if self.config.chat_template:
             text = text.lstrip(" ")
+        elif self.leaves_out_blank and not text.startswith(" "):
+            line, both = (self.tokenizer(part, add_special_tokens=False).input_ids for part in ("\n", f"\n{text}"))
+            return tuple(both[len(line) :])
         elif self.leaves_out_blank:
             text = text.removeprefix(" ")
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
@@ -187,6 +210,10 @@ class Encoder:
             f"{answer_tokens} for the answer, task.max_prompt_tokens={task.max_prompt_tokens}); lower "
             "task.max_new_tokens, raise task.max_prompt_tokens, or take a model of longer context"
         )
+
+    def cuts_answer(self, example: Example) -> bool:
+        """Whether an answer that equals the target would be cut off."""
+        return len(self.continuation(example.target)) > self.config.max_new_tokens
 
     def shortened(self, example: Example) -> Example | None:
         """The example itself if its prompt fits. Otherwise its `cuttable` text is shortened, at the end of a word.

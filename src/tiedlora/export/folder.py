@@ -272,7 +272,9 @@ def to_peft(adapter: TiedAdapter, folder: Path | str, base: str, revision: str |
     # Several targets of one fused module, and several terms, are stacked: the module has another rank, and another
     # alpha so that its scale stays.
     stacked = {path: rank for path, rank in in_layer.items() if rank != adapter.rank}
-    some_layers = len(adapter.layers) < adapter.architecture.layers
+    # Another part of a model with a layout by hand may have modules of the same names, such as the one for images.
+    whole_paths = bool(adapter.architecture.layout.layers)
+    some_layers = len(adapter.layers) < adapter.architecture.layers and not whole_paths
     # The names are those of PEFT's LoraConfig.
     config = {
         "base_model_name_or_path": base,
@@ -282,7 +284,7 @@ def to_peft(adapter: TiedAdapter, folder: Path | str, base: str, revision: str |
         "lora_alpha": adapter.alpha,
         "lora_dropout": adapter.tying.dropout,
         "fan_in_fan_out": layout.transposed,
-        "target_modules": sorted(in_layer),
+        "target_modules": sorted(adapter.paths() if whole_paths else in_layer),
         "rank_pattern": stacked,
         "alpha_pattern": {path: adapter.scale / scale(1.0, rank, adapter.scaling) for path, rank in stacked.items()},
         "use_rslora": adapter.scaling == "rslora",

@@ -29,7 +29,7 @@ from tiedlora.config.own_model import is_gguf
 from tiedlora.config.schema import ModelConfig
 from tiedlora.description import BaseModelRecord
 from tiedlora.errors import UserError, is_out_of_memory
-from tiedlora.models import attention, output_head, placement
+from tiedlora.models import attention, gguf_file, output_head, placement
 from tiedlora.models.identity import known_digest, tokens_digest
 
 log = logging.getLogger(__name__)
@@ -327,6 +327,7 @@ def _in_package(path: str) -> Path | None:
 
 
 def _convert(source: Path, folder: Path) -> None:
+    gguf_file.check(source)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     # transformers has no switch for the progress bar of this conversion. In a log it is one line of 3,000 characters.
     with contextlib.redirect_stderr(io.StringIO()):

@@ -121,6 +121,9 @@ def load(config: Config, world: World) -> Loaded:
         base = cached_base(config, device, world if config.train.shard else None)
     # 2. The rows as token ids, without those that do not fit. Given texts are compared whole, so no token ends them.
     encoder = Encoder(base.tokenizer, config.task, config.model.context, () if has_choices else base.more_ends)
+    if (end := encoder.other_turn_end()) is not None:
+        trained = base.tokenizer.eos_token
+        log.info("the chat template ends an answer with %s, and each target ends with %s instead", end, trained)
     rows = _encoded(read, encoder, base, Path(config.cache))
     check_batch_tokens(rows["train"].encoded, config.train)
     # 3. The rows that are scored. A mistake in them is known now, because later it would cost the time of a training.
@@ -128,9 +131,12 @@ def load(config: Config, world: World) -> Loaded:
     if "test" in config.score.splits:
         examples["test"] = load_examples(task, "test", config.data_root)
         warn_of_trained_rows(config.task.name, read.examples["train"], examples["test"])
+    generates = not has_choices and not all(map(is_loss, config.score.metrics or task.metrics))
     for split in config.score.splits:
-        for example in examples[split]:
-            encoder.scored(example)
+        scored = [encoder.scored(example) for example in examples[split]]
+        if generates and (long := sum(encoder.cuts_answer(example) for example in scored)):
+            most = config.task.max_new_tokens
+            log.warning("%d of %d %s targets are longer than task.max_new_tokens=%d", long, len(scored), split, most)
     # 4. The adapter, or the arm of another method, which is admitted first.
     try:
         arm, admission = _attached(config, base, rows["train"].encoded, world)

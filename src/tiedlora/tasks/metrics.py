@@ -44,8 +44,11 @@ def squad_form(text: str) -> str:
 
 
 def last_number(text: str) -> str:
-    """The last number of a text, without commas, dollar signs and final points; empty if there is none."""
-    numbers = [found for found in FLEXIBLE.findall(text) if re.search("[0-9]", found)]
+    """The last number of a text, without commas, dollar signs and final points; empty if there is none.
+
+    A hyphen after a digit is no sign: the last number of 10-12 is 12.
+    """
+    numbers = [found for found in FLEXIBLE.findall(re.sub("(?<=[0-9])-", " ", text)) if re.search("[0-9]", found)]
     return number_form(numbers[-1]).rstrip(".") if numbers else ""
 
 

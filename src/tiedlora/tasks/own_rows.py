@@ -117,6 +117,12 @@ class OwnRows(Task):
                     "name the column of chat messages in task.messages"
                 )
         super().check_templates()
+        if config.prompt.endswith(" ") and not config.chat_template:
+            # The blank would be a token of its own, and most tokenizers have it in the first word of what follows.
+            raise UserError(
+                "task.prompt: ends with a blank, which belongs to the beginning of task.target, as in "
+                "task.prompt='... Answer:' task.target=' {answer}'; move it there"
+            )
         prompt, target = fields_of(config.prompt), fields_of(config.target)
         if target and {*target} <= {*prompt}:
             raise UserError(
