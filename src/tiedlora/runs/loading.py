@@ -136,7 +136,8 @@ def load(config: Config, world: World) -> Loaded:
         scored = [encoder.scored(example) for example in examples[split]]
         if generates and (long := sum(encoder.cuts_answer(example) for example in scored)):
             most = config.task.max_new_tokens
-            log.warning("%d of %d %s targets are longer than task.max_new_tokens=%d", long, len(scored), split, most)
+            text = "%d of %d %s targets are longer than task.max_new_tokens=%d, so no answer can equal them; raise it"
+            log.warning(text, long, len(scored), split, most)
     # 4. The adapter, or the arm of another method, which is admitted first.
     try:
         arm, admission = _attached(config, base, rows["train"].encoded, world)
