@@ -61,3 +61,13 @@ def test_an_option_of_ones_own_may_be_broken(own):
     (own / "tying" / "mine.yaml").write_text("name: [")
     with pytest.raises(UserError, match="is not readable YAML"):
         compose_config(["tying=mine"])
+
+
+def test_the_axes_of_a_grid_of_ones_own_read_no_secrets(own, monkeypatch):
+    """The runs would record their values."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    (own / "grid").mkdir()
+    text = "# @package _global_\nhydra:\n  sweeper:\n    params: {tracking.group: '${oc.env:HF_TOKEN}'}\n"
+    (own / "grid" / "mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"^\$\{oc\.env:HF_TOKEN\}: a configuration is recorded"):
+        compose_sweep(["model=tiny_llama", "+grid=mine"], {})

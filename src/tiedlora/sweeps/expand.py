@@ -116,7 +116,9 @@ def read_options(config: DictConfig) -> SweepOptions:
     Raises:
         UserError: naming the key. Hydra does not know their types.
     """
-    values: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=True)
+    # The values of the grids' axes go into the records of runs.
+    with compose.own_variables_only():
+        values: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=True)
     kind = KINDS.get(values["_target_"])
     if kind is None:
         raise UserError(f"hydra/sweeper: {values['_target_']} is none of ours; choose resuming, staged or deciding")
