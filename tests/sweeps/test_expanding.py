@@ -81,6 +81,11 @@ def test_arms_are_swept_and_listed_by_the_same_words(tiny_run, script):
     assert len(searched.cells) == 2 * 2 * 2
 
 
+def test_a_word_that_refers_to_an_axis_has_its_value_in_each_cell(tiny_run):
+    cells = compose_sweep(tiny_run("rank.r=4,8", "rank.alpha=${rank.r}", "tying=LoRA")).cells
+    assert [(cell.config.rank.r, cell.config.rank.alpha) for cell in cells] == [(4, 4.0), (8, 8.0)]
+
+
 def test_arms_replace_a_grids_configurations_and_one_without_a_rank_takes_that_of_the_command():
     def arms(*words):
         return [(cell.config.tying.name, cell.config.rank.r) for cell in compose_sweep([*words]).cells]

@@ -246,8 +246,9 @@ def compose_sweep(overrides: list[str], composers: Composers | None = None) -> S
         loader = GlobalHydra.instance().config_loader()
         words = own_model.with_option(overrides)
         master = loader.load_configuration("config", words, run_mode=RunMode.MULTIRUN)
-        # Without the words for Hydra itself: `master` has them.
-        return expand(master, loader, list(master.hydra.overrides.task), composers)
+        # Without the words for Hydra itself: `master` has them. Each cell resolves the interpolations of its words.
+        task: Any = OmegaConf.to_container(master.hydra.overrides.task, resolve=False)
+        return expand(master, loader, task, composers)
 
 
 def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], composers: Composers | None = None) -> Sweep:
