@@ -315,21 +315,34 @@ _Loader.add_implicit_resolver(
 )
 
 
-def copy_folder(source: Path, path: Path) -> None:
-    """Copy a folder completely or not at all."""
-    with new_folder(path) as beside:
-        for file in source.rglob("*"):
-            if file.is_file():
-                (beside / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, beside / file.relative_to(source))
+def copy_folder(source: Path, path: Path) -> bool:
+    """Copy a folder completely or not at all. Files that are in `path`, also those of the last moment, stay.
+
+    Returns:
+        Whether it was copied.
+    """
+    try:
+        with new_folder(path, replaces=False) as beside:
+            for file in source.rglob("*"):
+                if file.is_file():
+                    (beside / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, beside / file.relative_to(source))
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, replaces: bool = True) -> Iterator[Path]:
     """A temporary folder that replaces `path` when the block ends without an error. After an error it is removed.
 
     The old content comes back if the replacement fails or is interrupted. Only a kill between two renames leaves it
     under a temporary name.
+
+    Args:
+        replaces: False to refuse a folder with files by an OSError.
     """
     # A link stays, and leads to the new content.
     path = Path(os.path.realpath(path))
@@ -341,7 +354,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             for entry in [*beside.rglob("*"), beside]:
                 _flush(entry)
             try:
-                if path.is_dir():
+                if replaces and path.is_dir():
                     os.replace(path, before)
                 os.replace(beside, path)
             except BaseException:

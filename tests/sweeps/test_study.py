@@ -209,6 +209,21 @@ def test_a_study_continues_from_its_records_on_another_machine(folder, outputs, 
     assert snapshot(elsewhere / ids[1]) == before
 
 
+def test_a_run_that_begins_while_the_records_are_copied_stays_as_it_is(folder, outputs, tmp_path, monkeypatch):
+    place, ids = outputs
+    study.export_study(folder, place)
+    copyfile, begun = shutil.copyfile, RunFolder(tmp_path / "here" / ids[0])
+
+    def copied_late(source, target):
+        begun.checkpoints.mkdir(parents=True, exist_ok=True)
+        copyfile(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", copied_late)
+    assert study.restore_study(folder, tmp_path / "here") == 3 - 1
+    assert [path.name for path in begun.path.iterdir()] == ["checkpoint"]
+    assert not list((tmp_path / "here").glob(".*"))
+
+
 def test_a_run_that_diverged_stays_a_result_on_another_machine(folder, outputs, tmp_path):
     place, ids = outputs
     here = tmp_path / "here"
