@@ -248,6 +248,25 @@ def test_a_run_that_diverged_stays_a_result_on_another_machine(folder, outputs, 
     assert (kept.state(), kept.diverged()) == ("pruned", False)
 
 
+@pytest.mark.parametrize("file", ["config.yaml", "validation_losses.jsonl", "pruned.txt"])
+def test_a_stopped_run_whose_export_was_killed_is_exported_again(file, folder, outputs, monkeypatch):
+    place, ids = outputs
+    kept, write = RunFolder(folder / "runs" / ids[0].replace("-s0-", "-s7-")), storage.write_bytes
+
+    def killed(path, *arguments):
+        if path == kept.path / file:
+            raise KeyboardInterrupt
+        write(path, *arguments)
+
+    monkeypatch.setattr(storage, "write_bytes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        study.export_study(folder, place)
+    monkeypatch.undo()
+    study.export_study(folder, place)
+    names = [path.name for path in sorted(kept.path.iterdir())]
+    assert names == ["config.yaml", "pruned.txt", "validation_losses.jsonl"]
+
+
 def test_a_finished_record_stays_while_its_run_is_trained_again(folder, outputs, tmp_path):
     place, ids = outputs
     study.export_study(folder, place)
