@@ -138,7 +138,7 @@ def status_of(
         is_scored = run is None or is_unscored or not lacks_scores(cell.config.score, folder)
     except UserError as damage:
         return CellStatus(cell, State.FAILED, error=visible(str(damage)))
-    pause = cell.config.train.pause_after
+    pause = cell.pauses_at
     if searched and not folder.pruned_file.exists() and (step := folder.checkpoint_step()) in searched.rungs:
         pause = step
     state = folder.state(is_scored, pause, patience)
