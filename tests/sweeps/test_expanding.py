@@ -118,6 +118,11 @@ def test_matched_cells_have_the_nearest_lora_rank():
     assert [(cell.config.tying.name, cell.config.rank.r) for cell in sweep.cells] == expected
 
 
+def test_what_only_the_loaded_model_can_count_is_matched_with_no_lora(tiny_run):
+    with pytest.raises(UserError, match=r"^cell .*tying=full: hydra\.sweeper\.match_lora: tying\.method=\w+ can be count"):
+        compose_sweep(tiny_run("hydra.sweeper.match_lora=true", "tying=full"))
+
+
 def test_a_misspelt_grid_is_answered_with_the_grids_there_are():
     names = "arena, configurations, learning_rates, matched, paper, quick, yardstick"
     with pytest.raises(

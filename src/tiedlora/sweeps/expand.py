@@ -294,8 +294,7 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], compo
         # Beside it stand its matching LoRA (+grid=matched) and the sweep's arms, at the same values of the other axes.
         arms = list(options.arms)
         if options.match_lora:
-            rank = tying.nearest_lora_rank(trainable_params(cell.config) or 0, cell.config.model.architecture)
-            arms.insert(0, ["tying=LoRA", f"rank.r={rank}"])
+            arms.insert(0, _matching_lora(cell))
         others = [word for word in words if not _OF_AN_ARM.match(word)]
         for arm in arms:
             keys = [word.partition("=")[0] for word in arm]
@@ -312,6 +311,21 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], compo
         return [places.setdefault(repr(each), len(places)) for each in shared]
 
     return Sweep("+".join(names) or "sweep", sorted(cells.values(), key=place))
+
+
+def _matching_lora(cell: SweepCell) -> list[str]:
+    """The words of the LoRA with the nearest trainable count.
+
+    Raises:
+        UserError: only the loaded model could tell how many numbers the cell trains.
+    """
+    count = trainable_params(cell.config)
+    if count is None:
+        raise UserError(
+            f"cell {' '.join(cell.overrides)}: hydra.sweeper.match_lora: tying.method={cell.config.tying.method} can be "
+            "counted only on the loaded model, so no LoRA matches it; leave one of them out"
+        )
+    return ["tying=LoRA", f"rank.r={tying.nearest_lora_rank(count, cell.config.model.architecture)}"]
 
 
 def _unlabelled(config: Config) -> Config:
