@@ -119,7 +119,9 @@ def test_matched_cells_have_the_nearest_lora_rank():
 
 
 def test_what_only_the_loaded_model_can_count_is_matched_with_no_lora(tiny_run):
-    with pytest.raises(UserError, match=r"^cell .*tying=full: hydra\.sweeper\.match_lora: tying\.method=\w+ can be count"):
+    with pytest.raises(
+        UserError, match=r"^cell .*tying=full: hydra\.sweeper\.match_lora: tying\.method=\w+ can be count"
+    ):
         compose_sweep(tiny_run("hydra.sweeper.match_lora=true", "tying=full"))
 
 

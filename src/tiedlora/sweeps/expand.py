@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -29,7 +29,7 @@ from pydantic import Field
 from tiedlora import tying
 from tiedlora.config import compose, own_model
 from tiedlora.config.check import check_new_run
-from tiedlora.config.compose import ARM, SAID_BY_ARM
+from tiedlora.config.compose import ARM, SAID_BY_ARM, in_hydras_grammar
 from tiedlora.config.explain import readable_errors
 from tiedlora.config.identity import config_tree, leaves
 from tiedlora.config.schema import Config
@@ -268,7 +268,7 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], compo
     composer = composers.setdefault(tuple(master.hydra.overrides.hydra), CellComposer(master, loader))
     options = read_options(master)
     with readable_errors():
-        of_grids = _axes([f"{key}={value}" for key, value in options.params.items()], loader)
+        of_grids = _axes(_words_of(options.params), loader)
         own = _axes(overrides, loader)
     for replacing, replaced in ((ARM, SAID_BY_ARM), *((key, (ARM,)) for key in SAID_BY_ARM)):
         for key in replaced if replacing in own else ():
@@ -313,6 +313,12 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], compo
     return Sweep("+".join(names) or "sweep", sorted(cells.values(), key=place))
 
 
+def _words_of(params: Mapping[str, Any]) -> list[str]:
+    """The axes of grids as words of a command line. A text is in Hydra's grammar already, as `8,16`."""
+    values = {key: value if isinstance(value, str) else in_hydras_grammar(value) for key, value in params.items()}
+    return [f"{key}={value}" for key, value in values.items()]
+
+
 def _matching_lora(cell: SweepCell) -> list[str]:
     """The words of the LoRA with the nearest trainable count.
 
@@ -322,8 +328,8 @@ def _matching_lora(cell: SweepCell) -> list[str]:
     count = trainable_params(cell.config)
     if count is None:
         raise UserError(
-            f"cell {' '.join(cell.overrides)}: hydra.sweeper.match_lora: tying.method={cell.config.tying.method} can be "
-            "counted only on the loaded model, so no LoRA matches it; leave one of them out"
+            f"cell {' '.join(cell.overrides)}: hydra.sweeper.match_lora: tying.method={cell.config.tying.method} can "
+            "be counted only on the loaded model, so no LoRA matches it; leave one of them out"
         )
     return ["tying=LoRA", f"rank.r={tying.nearest_lora_rank(count, cell.config.model.architecture)}"]
 
