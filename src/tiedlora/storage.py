@@ -28,6 +28,7 @@ from typing import Any, ClassVar, cast
 
 import yaml
 from filelock import FileLock, Timeout
+from typing_extensions import override
 
 from tiedlora.errors import UserError
 
@@ -135,6 +136,12 @@ def json_bytes(value: object) -> bytes:
 def write_json(path: Path, value: object) -> None:
     """Write indented JSON, completely or not at all."""
     write_bytes(path, json_bytes(value))
+
+
+def write_yaml(path: Path, tree: Mapping[str, Any]) -> None:
+    """Write plain data as YAML, completely or not at all. `read_yaml` gives it back, also a text such as `${`."""
+    text = yaml.dump(tree, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+    write_bytes(path, text.encode())
 
 
 def write_json_lines(path: Path, rows: Sequence[object]) -> None:
@@ -309,10 +316,30 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         return cast(dict[Any, Any], super().construct_mapping(node, deep))
 
 
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """Quotes every text that would be read as something else, as OmegaConf's own does."""
+
+    @override
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def text(self, text: str) -> yaml.ScalarNode:
+        """A text. Other programs take y for true, and nan for a number. U+0085 is escaped, because it ends a line."""
+        style = '"' if "\x85" in text else "'" if text in ("y", "Y", "n", "N") else None
+        with suppress(ValueError):
+            float(text)
+            style = "'"
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.text)
 # The end matters: a text such as `1e-2 is best` only begins as a number.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(_\d+)*(\.[\d_]*)?[eE][-+]?\d+$", re.ASCII), list("-+0123456789")
-)
+for kind in (_Loader, _Dumper):
+    kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?\d+(_\d+)*(\.[\d_]*)?[eE][-+]?\d+$", re.ASCII),
+        list("-+0123456789"),
+    )
 
 
 def copy_folder(source: Path, path: Path) -> bool:

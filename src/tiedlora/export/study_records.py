@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from tiedlora import storage
 from tiedlora.config.compose import read_config
 from tiedlora.config.identity import config_tree
@@ -79,7 +77,7 @@ def _copy_files(run: RunFolder, exported: RunFolder) -> Config:
     config = replace(config, outputs="outputs", cache=".cache", data_root=None)
     config = replace(config, model=model, task=task, score=score, train=train)
     # First: the files below say how far a stopped run has come, so without them it is exported again after a kill.
-    storage.write_bytes(exported.config_file, OmegaConf.to_yaml(config_tree(config)).encode())
+    storage.write_yaml(exported.config_file, config_tree(config))
     # Of an earlier export, before the run started again.
     exported.error_file.unlink(missing_ok=True)
     for name in ("metrics.jsonl", "validation_losses.jsonl", "pruned.txt"):
