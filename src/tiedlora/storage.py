@@ -186,15 +186,9 @@ def remembered_sha256(file: Path, cache: Path | None) -> str:
     return hashed
 
 
-def compress(path: Path) -> None:
-    """Replace a file by its compressed form, path.gz, which `read_content` reads.
-
-    A path.gz with the same content stays: another version of zlib would write other bytes for it.
-    """
-    data, beside = read_bytes(path), _compressed(path)
-    if not beside.exists() or _decompressed(beside) != data:
-        write_bytes(beside, gzip.compress(data, mtime=0))
-    path.unlink()
+def write_compressed(path: Path, data: bytes) -> None:
+    """Write path.gz, which `read_content` reads, completely or not at all."""
+    write_bytes(_compressed(path), gzip.compress(data, mtime=0))
 
 
 def read_content(path: Path) -> bytes:

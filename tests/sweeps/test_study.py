@@ -1,5 +1,6 @@
 """A study: a plan that is read strictly, records that are kept by a rule, and runs that anyone can repeat."""
 
+import gzip
 import itertools
 import json
 import shutil
@@ -267,6 +268,21 @@ def test_a_stopped_run_whose_export_was_killed_is_exported_again(file, folder, o
     assert names == ["config.yaml", "pruned.txt", "validation_losses.jsonl"]
 
 
+def test_scores_are_compressed_also_after_an_export_that_was_killed(folder, outputs, monkeypatch):
+    place, _ = outputs
+
+    def killed(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gzip, "compress", killed)
+    with pytest.raises(KeyboardInterrupt):
+        study.export_study(folder, place)
+    monkeypatch.undo()
+    study.export_study(folder, place)
+    files = [path for path in (folder / "runs").rglob("*.jsonl*") if path.parent.name in ("scores", "base")]
+    assert {path.suffix for path in files} == {".gz"}
+
+
 def test_a_finished_record_stays_while_its_run_is_trained_again(folder, outputs, tmp_path):
     place, ids = outputs
     study.export_study(folder, place)
@@ -388,8 +404,7 @@ def test_all_runs_of_a_study_are_verified_at_once(folder, outputs, command):
     assert code == 0, err
     assert told.splitlines()[-1] == "2 of 2 runs agree with their records"
     answers = folder / "runs" / ids[0] / "scores" / "validation.answers.jsonl"
-    answers.write_bytes(storage.read_content(answers) + b"\n")
-    storage.compress(answers)
+    storage.write_compressed(answers, storage.read_content(answers) + b"\n")
     code, told, err = command("verify", folder)
     assert code == 3
     assert f"WRONG  {ids[0]}" in told

@@ -107,8 +107,7 @@ def _export_file(source: Path, out: Path) -> None:
         return
     scored = read_scores(source)
     record = replace(scored.record, source=scored.record.source and Path(scored.record.source).name)
-    write_scores(out, record, list(map(_without_texts, scored.rows)))
-    storage.compress(out)
+    write_scores(out, record, list(map(_without_texts, scored.rows)), compressed=True)
 
 
 def _without_texts(row: PredictionRow) -> PredictionRow:
