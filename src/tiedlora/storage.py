@@ -289,6 +289,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.load(data, _Loader)
     except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: is not readable YAML ({' '.join(str(error).split())})") from None
+    except (LookupError, AttributeError):
+        # From the loader's own code for a value such as `!!bool maybe`.
+        raise UserError(f"{path}: is not readable YAML (a value is none of its tag's; leave out tags, !!...)") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: must hold a YAML mapping of keys to values")
     return tree
