@@ -66,7 +66,9 @@ def test_a_configuration_may_hold_what_looks_like_an_interpolation(tmp_path):
     assert read_config(tmp_path / "config.yaml") == config
 
 
-@pytest.mark.parametrize("value", ["!!bool maybe", "!!timestamp x", "!!int ''", "!!int x", "!!python/object:os.system x"])
+@pytest.mark.parametrize(
+    "value", ["!!bool maybe", "!!timestamp x", "!!int ''", "!!int x", "!!python/object:os.system x"]
+)
 def test_a_value_that_its_tag_does_not_have_is_one_line(value, tmp_path):
     (tmp_path / "tree.yaml").write_text(f"a: {value}\n")
     with pytest.raises(UserError, match=r"^\S+/tree\.yaml: is not readable YAML \(.+\)$"):
