@@ -138,6 +138,10 @@ SCRIPTS = {
         ": this sweep has not been started; train.py --multirun starts it",
     ),
     "two sweeps to watch": ("sweep.py watch one two", "watch: takes one sweep: its id, its name, its folder"),
+    "no folder to look for a sweep": (
+        "sweep.py status outputs=",
+        "outputs=: is empty; name the folder of the runs, or",
+    ),
     "no sweep to watch": ("sweep.py watch outputs=outputs", "has no sweeps/; start one with train.py --multirun"),
     "an option of another action": (f"sweep.py status {WORDS} --no-test", "--no-test: is for select; status"),
     "a study of nowhere": ("study.py plan nowhere", "no such file; a study is a folder with a study.yaml"),

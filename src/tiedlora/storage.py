@@ -28,6 +28,7 @@ from typing import Any, ClassVar, cast
 
 import yaml
 from filelock import FileLock, Timeout
+from typing_extensions import override
 
 from tiedlora.errors import UserError
 
@@ -137,6 +138,12 @@ def write_json(path: Path, value: object) -> None:
     write_bytes(path, json_bytes(value))
 
 
+def write_yaml(path: Path, tree: Mapping[str, Any]) -> None:
+    """Write plain data as YAML, completely or not at all. `read_yaml` gives it back, also a text such as `${`."""
+    text = yaml.dump(tree, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+    write_bytes(path, text.encode())
+
+
 def write_json_lines(path: Path, rows: Sequence[object]) -> None:
     """Write one JSON value per line, completely or not at all."""
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
@@ -179,15 +186,9 @@ def remembered_sha256(file: Path, cache: Path | None) -> str:
     return hashed
 
 
-def compress(path: Path) -> None:
-    """Replace a file by its compressed form, path.gz, which `read_content` reads.
-
-    A path.gz with the same content stays: another version of zlib would write other bytes for it.
-    """
-    data, beside = read_bytes(path), _compressed(path)
-    if not beside.exists() or _decompressed(beside) != data:
-        write_bytes(beside, gzip.compress(data, mtime=0))
-    path.unlink()
+def write_compressed(path: Path, data: bytes) -> None:
+    """Write path.gz, which `read_content` reads, completely or not at all."""
+    write_bytes(_compressed(path), gzip.compress(data, mtime=0))
 
 
 def read_content(path: Path) -> bytes:
@@ -288,6 +289,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.load(data, _Loader)
     except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: is not readable YAML ({' '.join(str(error).split())})") from None
+    except (LookupError, AttributeError):
+        # From the loader's own code for a value such as `!!bool maybe`.
+        raise UserError(f"{path}: is not readable YAML (a value is none of its tag's; leave out tags, !!...)") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: must hold a YAML mapping of keys to values")
     return tree
@@ -309,27 +313,60 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         return cast(dict[Any, Any], super().construct_mapping(node, deep))
 
 
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """Quotes every text that would be read as something else, as OmegaConf's own does."""
+
+    @override
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def text(self, text: str) -> yaml.ScalarNode:
+        """A text. Other programs take y for true, and nan for a number. U+0085 is escaped, because it ends a line."""
+        style = '"' if "\x85" in text else "'" if text in ("y", "Y", "n", "N") else None
+        with suppress(ValueError):
+            float(text)
+            style = "'"
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.text)
 # The end matters: a text such as `1e-2 is best` only begins as a number.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(_\d+)*(\.[\d_]*)?[eE][-+]?\d+$", re.ASCII), list("-+0123456789")
-)
+for kind in (_Loader, _Dumper):
+    kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?\d+(_\d+)*(\.[\d_]*)?[eE][-+]?\d+$", re.ASCII),
+        list("-+0123456789"),
+    )
 
 
-def copy_folder(source: Path, path: Path) -> None:
-    """Copy a folder completely or not at all."""
-    with new_folder(path) as beside:
-        for file in source.rglob("*"):
-            if file.is_file():
-                (beside / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, beside / file.relative_to(source))
+def copy_folder(source: Path, path: Path) -> bool:
+    """Copy a folder completely or not at all. Files that are in `path`, also those of the last moment, stay.
+
+    Returns:
+        Whether it was copied.
+    """
+    try:
+        with new_folder(path, replaces=False) as beside:
+            for file in source.rglob("*"):
+                if file.is_file():
+                    (beside / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, beside / file.relative_to(source))
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, replaces: bool = True) -> Iterator[Path]:
     """A temporary folder that replaces `path` when the block ends without an error. After an error it is removed.
 
     The old content comes back if the replacement fails or is interrupted. Only a kill between two renames leaves it
     under a temporary name.
+
+    Args:
+        replaces: False to refuse a folder with files by an OSError.
     """
     # A link stays, and leads to the new content.
     path = Path(os.path.realpath(path))
@@ -341,7 +378,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             for entry in [*beside.rglob("*"), beside]:
                 _flush(entry)
             try:
-                if path.is_dir():
+                if replaces and path.is_dir():
                     os.replace(path, before)
                 os.replace(beside, path)
             except BaseException:

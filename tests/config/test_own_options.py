@@ -61,3 +61,22 @@ def test_an_option_of_ones_own_may_be_broken(own):
     (own / "tying" / "mine.yaml").write_text("name: [")
     with pytest.raises(UserError, match="is not readable YAML"):
         compose_config(["tying=mine"])
+
+
+def test_the_axes_of_a_grid_of_ones_own_read_no_secrets(own, monkeypatch):
+    """The runs would record their values."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    (own / "grid").mkdir()
+    text = "# @package _global_\nhydra:\n  sweeper:\n    params: {tracking.group: '${oc.env:HF_TOKEN}'}\n"
+    (own / "grid" / "mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"^\$\{oc\.env:HF_TOKEN\}: a configuration is recorded"):
+        compose_sweep(["model=tiny_llama", "+grid=mine"], {})
+
+
+def test_an_axis_of_a_grid_of_ones_own_may_be_null_or_a_list(own):
+    (own / "grid").mkdir()
+    values = "tracking.group: null\ntask.shuffle_targets: true\ntask.stop: ['a, b', c]\ntrain.lr: 1.0e-05\nseed: 1,2\n"
+    (own / "grid" / "mine.yaml").write_text(f"# @package hydra.sweeper.params\n{values}")
+    cell, other = compose_sweep(["model=tiny_llama", "+grid=mine"], {}).cells
+    assert (cell.config.tracking.group, cell.config.task.shuffle_targets, cell.config.train.lr) == (None, True, 1e-5)
+    assert (cell.config.task.stop, cell.config.seed, other.config.seed) == (["a, b", "c"], 1, 2)

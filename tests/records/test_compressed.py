@@ -10,9 +10,7 @@ from tiedlora.errors import UserError
 
 def test_a_compressed_file_is_read_as_the_file(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"id": "1"}\n' * 100)
-    assert storage.is_here(path)
-    storage.compress(path)
+    storage.write_compressed(path, b'{"id": "1"}\n' * 100)
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl.gz"]
     assert storage.read_content(path) == b'{"id": "1"}\n' * 100
     assert storage.first_line(path) == b'{"id": "1"}\n'
@@ -20,18 +18,6 @@ def test_a_compressed_file_is_read_as_the_file(tmp_path):
     path.write_bytes(b"newer\n")
     assert storage.read_content(path) == storage.first_line(path) == b"newer\n", "the plain file comes first"
     assert not storage.is_here(tmp_path / "others.jsonl")
-
-
-def test_equal_content_is_not_compressed_again(tmp_path):
-    """Another version of zlib writes other bytes, and a study's files would change at every export."""
-    path, beside = tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.gz"
-    beside.write_bytes(other_zlib := gzip.compress(b"rows\n", compresslevel=1, mtime=5))
-    path.write_bytes(b"rows\n")
-    storage.compress(path)
-    assert beside.read_bytes() == other_zlib
-    path.write_bytes(b"others\n")
-    storage.compress(path)
-    assert storage.read_content(path) == b"others\n"
 
 
 @pytest.mark.parametrize(

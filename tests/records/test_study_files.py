@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import threading
 
 import pytest
 from helpers.report_runs import scored_run
@@ -70,6 +71,29 @@ def test_where_the_plan_cannot_be_written_the_records_stay_as_files(study, monke
     with pytest.raises(OSError, match="full"):
         study_files.finish(study)
     assert files_of(study) == before
+
+
+def test_a_second_command_that_finishes_the_study_waits_and_keeps_the_archive(study, monkeypatch):
+    unpack, said = study_files._unpack, []
+
+    def second():
+        with pytest.raises(UserError) as error:
+            study_files.finish(study)
+        said.append(str(error.value))
+
+    thread = threading.Thread(target=second)
+
+    def unpack_late(archive, out):
+        if thread.ident is None:
+            thread.start()
+            thread.join(0.3)
+        unpack(archive, out)
+
+    monkeypatch.setattr(study_files, "_unpack", unpack_late)
+    sha256 = study_files.finish(study)
+    thread.join()
+    assert said == [f"{study}: is finished; its records are in records.tar.xz"]
+    assert storage.sha256(study / "records.tar.xz") == sha256
 
 
 def test_records_that_could_not_be_read_again_stay_as_files(study, monkeypatch):

@@ -81,6 +81,11 @@ def test_arms_are_swept_and_listed_by_the_same_words(tiny_run, script):
     assert len(searched.cells) == 2 * 2 * 2
 
 
+def test_a_word_that_refers_to_an_axis_has_its_value_in_each_cell(tiny_run):
+    cells = compose_sweep(tiny_run("rank.r=4,8", "rank.alpha=${rank.r}", "tying=LoRA")).cells
+    assert [(cell.config.rank.r, cell.config.rank.alpha) for cell in cells] == [(4, 4.0), (8, 8.0)]
+
+
 def test_arms_replace_a_grids_configurations_and_one_without_a_rank_takes_that_of_the_command():
     def arms(*words):
         return [(cell.config.tying.name, cell.config.rank.r) for cell in compose_sweep([*words]).cells]
@@ -111,6 +116,13 @@ def test_matched_cells_have_the_nearest_lora_rank():
     # 32 * 32 + 32 * 12,288 + 32 * 16,384 = 918,528 against 524,288 a rank. At r 8, LoRA of rank 1 is nearest.
     expected = [("TABuv", 8), ("LoRA", 1), ("TABuv", 32), ("LoRA", 2)] * 2
     assert [(cell.config.tying.name, cell.config.rank.r) for cell in sweep.cells] == expected
+
+
+def test_what_only_the_loaded_model_can_count_is_matched_with_no_lora(tiny_run):
+    with pytest.raises(
+        UserError, match=r"^cell .*tying=full: hydra\.sweeper\.match_lora: tying\.method=\w+ can be count"
+    ):
+        compose_sweep(tiny_run("hydra.sweeper.match_lora=true", "tying=full"))
 
 
 def test_a_misspelt_grid_is_answered_with_the_grids_there_are():

@@ -109,6 +109,20 @@ def test_a_narrow_terminal_has_no_columns_that_repeat_one_value(tiny_run):
     assert len(lines[60]) == 5
 
 
+def test_parameters_that_only_the_loaded_model_can_count_are_not_said_to_be_none(tiny_run):
+    cells = statuses(sweep := compose_sweep(tiny_run("tying=full")))
+    assert json.loads(status.to_json(sweep.id, cells))["cells"][0]["trainable"] is None
+    head, row = status.rows(cells)
+    assert row[head.index("trainable")] == ""
+
+
+def test_a_cell_that_was_stopped_while_it_was_scored_is_not_paused_after_its_last_step(tiny_run):
+    for pause_after, state in ((4, State.PAUSED), (6, State.INTERRUPTED)):
+        (cell,) = compose_sweep(tiny_run(f"train.pause_after={pause_after}")).cells
+        (cell.folder.checkpoints / "step-00000006").mkdir(parents=True, exist_ok=True)
+        assert cell.state() == status.status_of(cell, compose_sweep(tiny_run()).control).state == state
+
+
 def test_status_lists_what_is_not_done_with_whole_ids_and_the_reasons_of_failures(tiny_run, finish):
     sweep = compose_sweep(tiny_run("train.lr=1e-3,1e-2", "seed=0,1"))
     first, second, third, fourth = sweep.cells

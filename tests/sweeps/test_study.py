@@ -1,5 +1,6 @@
 """A study: a plan that is read strictly, records that are kept by a rule, and runs that anyone can repeat."""
 
+import gzip
 import itertools
 import json
 import shutil
@@ -209,6 +210,21 @@ def test_a_study_continues_from_its_records_on_another_machine(folder, outputs, 
     assert snapshot(elsewhere / ids[1]) == before
 
 
+def test_a_run_that_begins_while_the_records_are_copied_stays_as_it_is(folder, outputs, tmp_path, monkeypatch):
+    place, ids = outputs
+    study.export_study(folder, place)
+    copyfile, begun = shutil.copyfile, RunFolder(tmp_path / "here" / ids[0])
+
+    def copied_late(source, target):
+        begun.checkpoints.mkdir(parents=True, exist_ok=True)
+        copyfile(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", copied_late)
+    assert study.restore_study(folder, tmp_path / "here") == 3 - 1
+    assert [path.name for path in begun.path.iterdir()] == ["checkpoint"]
+    assert not list((tmp_path / "here").glob(".*"))
+
+
 def test_a_run_that_diverged_stays_a_result_on_another_machine(folder, outputs, tmp_path):
     place, ids = outputs
     here = tmp_path / "here"
@@ -231,6 +247,40 @@ def test_a_run_that_diverged_stays_a_result_on_another_machine(folder, outputs, 
     diverged.pruned_file.write_text("behind by 0.3\n")
     study.export_study(folder, here)
     assert (kept.state(), kept.diverged()) == ("pruned", False)
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "validation_losses.jsonl", "pruned.txt"])
+def test_a_stopped_run_whose_export_was_killed_is_exported_again(file, folder, outputs, monkeypatch):
+    place, ids = outputs
+    kept, write = RunFolder(folder / "runs" / ids[0].replace("-s0-", "-s7-")), storage.write_bytes
+
+    def killed(path, *arguments):
+        if path == kept.path / file:
+            raise KeyboardInterrupt
+        write(path, *arguments)
+
+    monkeypatch.setattr(storage, "write_bytes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        study.export_study(folder, place)
+    monkeypatch.undo()
+    study.export_study(folder, place)
+    names = [path.name for path in sorted(kept.path.iterdir())]
+    assert names == ["config.yaml", "pruned.txt", "validation_losses.jsonl"]
+
+
+def test_scores_are_compressed_also_after_an_export_that_was_killed(folder, outputs, monkeypatch):
+    place, _ = outputs
+
+    def killed(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gzip, "compress", killed)
+    with pytest.raises(KeyboardInterrupt):
+        study.export_study(folder, place)
+    monkeypatch.undo()
+    study.export_study(folder, place)
+    files = [path for path in (folder / "runs").rglob("*.jsonl*") if path.parent.name in ("scores", "base")]
+    assert {path.suffix for path in files} == {".gz"}
 
 
 def test_a_finished_record_stays_while_its_run_is_trained_again(folder, outputs, tmp_path):
@@ -354,8 +404,7 @@ def test_all_runs_of_a_study_are_verified_at_once(folder, outputs, command):
     assert code == 0, err
     assert told.splitlines()[-1] == "2 of 2 runs agree with their records"
     answers = folder / "runs" / ids[0] / "scores" / "validation.answers.jsonl"
-    answers.write_bytes(storage.read_content(answers) + b"\n")
-    storage.compress(answers)
+    storage.write_compressed(answers, storage.read_content(answers) + b"\n")
     code, told, err = command("verify", folder)
     assert code == 3
     assert f"WRONG  {ids[0]}" in told

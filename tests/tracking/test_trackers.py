@@ -123,6 +123,7 @@ def test_the_table_of_answers_is_bounded_has_plain_texts_and_no_row_without_an_a
     rows = prediction_rows([0.5] * 100, "f1", output="\x1b]0;x\x07<script>alert(1)</script>")
     rows = [replace(row, prompt="p" * 10**6) for row in rows]
     score_run(tmp_path, record, "validation", rows, rows)
+    assert first_answers(folder, 0) == []
     answers = first_answers(folder, 7)
     assert [list(row) for row in answers] == 7 * [["split", "row", "prompt", "references", "base", "answer", "f1"]]
     assert max(len(cell) for row in answers for cell in row.values() if isinstance(cell, str)) < 2100

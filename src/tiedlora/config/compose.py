@@ -142,7 +142,7 @@ def typed(composed: DictConfig | dict[str, Any]) -> Config:
     Raises:
         UserError: a key is unknown or missing, or has a wrong value; the message names it.
     """
-    with readable_errors(), _own_variables_only():
+    with readable_errors(), own_variables_only():
         is_plain = isinstance(composed, dict)
         values: Any = deepcopy(composed) if is_plain else OmegaConf.to_container(composed, resolve=True)
         # A recorded configuration has all values, and one from a stranger reads no files.
@@ -414,7 +414,7 @@ def _own_variable(name: str, *default: str | None) -> str | None:
 
 
 @contextmanager
-def _own_variables_only() -> Iterator[None]:
+def own_variables_only() -> Iterator[None]:
     """Inside the block, interpolations may read only TIEDLORA_... variables of the environment."""
     _register_resolver("oc.env", _own_variable, replace=True)
     try:

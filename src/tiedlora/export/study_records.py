@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from tiedlora import storage
 from tiedlora.config.compose import read_config
 from tiedlora.config.identity import config_tree
@@ -66,14 +64,7 @@ def export_stopped(run: RunFolder, out: Path) -> None:
 
 
 def _copy_files(run: RunFolder, exported: RunFolder) -> Config:
-    """Copy the files without texts, and config.yaml without paths. Returns the configuration."""
-    # Of an earlier export, before the run started again.
-    exported.error_file.unlink(missing_ok=True)
-    for name in ("metrics.jsonl", "validation_losses.jsonl", "pruned.txt"):
-        if (run.path / name).exists():
-            storage.write_bytes(exported.path / name, storage.read_bytes(run.path / name))
-        else:
-            (exported.path / name).unlink(missing_ok=True)
+    """Write config.yaml without paths, and copy the files without texts. Returns the configuration."""
     config = read_config(run.config_file)
     score = replace(config.score, forgetting=config.score.forgetting and Path(config.score.forgetting).name)
     # RUN/adapter, or the name of another adapter's folder.
@@ -85,7 +76,15 @@ def _copy_files(run: RunFolder, exported: RunFolder) -> Config:
     task = replace(config.task, files=RowFiles(**files))
     config = replace(config, outputs="outputs", cache=".cache", data_root=None)
     config = replace(config, model=model, task=task, score=score, train=train)
-    storage.write_bytes(exported.config_file, OmegaConf.to_yaml(config_tree(config)).encode())
+    # First: the files below say how far a stopped run has come, so without them it is exported again after a kill.
+    storage.write_yaml(exported.config_file, config_tree(config))
+    # Of an earlier export, before the run started again.
+    exported.error_file.unlink(missing_ok=True)
+    for name in ("metrics.jsonl", "validation_losses.jsonl", "pruned.txt"):
+        if (run.path / name).exists():
+            storage.write_bytes(exported.path / name, storage.read_bytes(run.path / name))
+        else:
+            (exported.path / name).unlink(missing_ok=True)
     return config
 
 
@@ -108,8 +107,7 @@ def _export_file(source: Path, out: Path) -> None:
         return
     scored = read_scores(source)
     record = replace(scored.record, source=scored.record.source and Path(scored.record.source).name)
-    write_scores(out, record, list(map(_without_texts, scored.rows)))
-    storage.compress(out)
+    write_scores(out, record, list(map(_without_texts, scored.rows)), compressed=True)
 
 
 def _without_texts(row: PredictionRow) -> PredictionRow:

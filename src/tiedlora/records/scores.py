@@ -158,8 +158,13 @@ def read_finished(folder: RunFolder) -> Finished | None:
     return None if record is None else Finished(record, read_run_scores(folder, record))
 
 
-def write_scores(path: Path, record: ScoreRecord, rows: Sequence[PredictionRow]) -> ScoreRecord:
+def write_scores(
+    path: Path, record: ScoreRecord, rows: Sequence[PredictionRow], *, compressed: bool = False
+) -> ScoreRecord:
     """Write a file of scores, completely or not at all. Returns the record with the sha256 of its rows.
+
+    Args:
+        compressed: whether to write path.gz.
 
     Raises:
         OSError: the disk is full, or there is no permission.
@@ -167,7 +172,8 @@ def write_scores(path: Path, record: ScoreRecord, rows: Sequence[PredictionRow])
     lines = "".join(map(row_line, rows)).encode()
     record = replace(record, rows_sha256=hashlib.sha256(lines).hexdigest())
     head = json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n"
-    storage.write_bytes(path, head.encode() + lines)
+    write = storage.write_compressed if compressed else storage.write_bytes
+    write(path, head.encode() + lines)
     return record
 
 

@@ -101,9 +101,18 @@ def finish(folder: Path) -> str:
         UserError: the study has no runs, is finished already, or is larger than what an archive may hold.
         OSError: the folder cannot be written.
     """
-    if is_finished(folder):
-        raise UserError(f"{folder}: is finished; its records are in {ARCHIVE}")
-    runs_folder(folder)
+    # In the cache, because a study's folder is committed.
+    locks = cache_folder() / "studies"
+    locks.mkdir(parents=True, exist_ok=True)
+    with storage.locked(locks / f"finish-{storage.json_sha256(str(folder.resolve()))[:24]}.lock"):
+        if is_finished(folder):
+            raise UserError(f"{folder}: is finished; its records are in {ARCHIVE}")
+        runs_folder(folder)
+        return _finish(folder)
+
+
+def _finish(folder: Path) -> str:
+    """As `finish`, while no other process finishes the study."""
     archive, plan = folder / ARCHIVE, folder / PLAN
     packed = [folder / name for name in PACKED if (folder / name).exists()]
     beside = archive.with_name(f".{ARCHIVE}.tmp")

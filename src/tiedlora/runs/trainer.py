@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from tiedlora import storage, tying
 from tiedlora.analysis.intervals import mean_loss
@@ -164,7 +163,7 @@ def begin(config: Config, loaded: Loaded, folder: RunFolder, checkpoints: Path) 
     if restored is not None:
         log.info("continuing from step %d", state.step)
     # 3. Write config.yaml, and open the files that grow and the tracker, which only the first process has.
-    storage.write_bytes(folder.config_file, OmegaConf.to_yaml(config_tree(config)).encode())
+    storage.write_yaml(folder.config_file, config_tree(config))
     tracking = config.tracking if world.is_first else replace(config.tracking, backend=NONE)
     run = TrackedRun(folder.path.name, folder.path, replace(config, tracking=tracking), loaded.trainable_params)
     resumed_step = None if restored is None else restored.step

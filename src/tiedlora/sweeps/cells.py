@@ -69,6 +69,12 @@ class SweepCell:
         """The folder of the cell's run."""
         return RunFolder(Path(self.config.outputs) / self.run_id)
 
+    @property
+    def pauses_at(self) -> int | None:
+        """The step at which the run pauses. None if it does not: after its last step it goes on to its scores."""
+        train = self.config.train
+        return train.pause_after if (train.pause_after or train.steps) < train.steps else None
+
     def finished(self) -> bool:
         """Whether the run is done, and has every score that the sweep asks for."""
         return self.folder.record() is not None and not lacks_scores(self.config.score, self.folder)
@@ -76,7 +82,7 @@ class SweepCell:
     def state(self) -> State:
         """The state of the run, as far as this cell takes it."""
         is_scored = not self.folder.result_file.exists() or self.finished()
-        return self.folder.state(is_scored, self.config.train.pause_after)
+        return self.folder.state(is_scored, self.pauses_at)
 
     @cached_property
     def name(self) -> RunName:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -29,7 +29,7 @@ from pydantic import Field
 from tiedlora import tying
 from tiedlora.config import compose, own_model
 from tiedlora.config.check import check_new_run
-from tiedlora.config.compose import ARM, SAID_BY_ARM
+from tiedlora.config.compose import ARM, SAID_BY_ARM, in_hydras_grammar
 from tiedlora.config.explain import readable_errors
 from tiedlora.config.identity import config_tree, leaves
 from tiedlora.config.schema import Config
@@ -116,7 +116,9 @@ def read_options(config: DictConfig) -> SweepOptions:
     Raises:
         UserError: naming the key. Hydra does not know their types.
     """
-    values: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=True)
+    # The values of the grids' axes go into the records of runs.
+    with compose.own_variables_only():
+        values: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=True)
     kind = KINDS.get(values["_target_"])
     if kind is None:
         raise UserError(f"hydra/sweeper: {values['_target_']} is none of ours; choose resuming, staged or deciding")
@@ -244,8 +246,9 @@ def compose_sweep(overrides: list[str], composers: Composers | None = None) -> S
         loader = GlobalHydra.instance().config_loader()
         words = own_model.with_option(overrides)
         master = loader.load_configuration("config", words, run_mode=RunMode.MULTIRUN)
-        # Without the words for Hydra itself: `master` has them.
-        return expand(master, loader, list(master.hydra.overrides.task), composers)
+        # Without the words for Hydra itself: `master` has them. Each cell resolves the interpolations of its words.
+        task: Any = OmegaConf.to_container(master.hydra.overrides.task, resolve=False)
+        return expand(master, loader, task, composers)
 
 
 def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], composers: Composers | None = None) -> Sweep:
@@ -265,7 +268,7 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], compo
     composer = composers.setdefault(tuple(master.hydra.overrides.hydra), CellComposer(master, loader))
     options = read_options(master)
     with readable_errors():
-        of_grids = _axes([f"{key}={value}" for key, value in options.params.items()], loader)
+        of_grids = _axes(_words_of(options.params), loader)
         own = _axes(overrides, loader)
     for replacing, replaced in ((ARM, SAID_BY_ARM), *((key, (ARM,)) for key in SAID_BY_ARM)):
         for key in replaced if replacing in own else ():
@@ -291,8 +294,7 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], compo
         # Beside it stand its matching LoRA (+grid=matched) and the sweep's arms, at the same values of the other axes.
         arms = list(options.arms)
         if options.match_lora:
-            rank = tying.nearest_lora_rank(trainable_params(cell.config) or 0, cell.config.model.architecture)
-            arms.insert(0, ["tying=LoRA", f"rank.r={rank}"])
+            arms.insert(0, _matching_lora(cell))
         others = [word for word in words if not _OF_AN_ARM.match(word)]
         for arm in arms:
             keys = [word.partition("=")[0] for word in arm]
@@ -309,6 +311,27 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], compo
         return [places.setdefault(repr(each), len(places)) for each in shared]
 
     return Sweep("+".join(names) or "sweep", sorted(cells.values(), key=place))
+
+
+def _words_of(params: Mapping[str, Any]) -> list[str]:
+    """The axes of grids as words of a command line. A text is in Hydra's grammar already, as `8,16`."""
+    values = {key: value if isinstance(value, str) else in_hydras_grammar(value) for key, value in params.items()}
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def _matching_lora(cell: SweepCell) -> list[str]:
+    """The words of the LoRA with the nearest trainable count.
+
+    Raises:
+        UserError: only the loaded model could tell how many numbers the cell trains.
+    """
+    count = trainable_params(cell.config)
+    if count is None:
+        raise UserError(
+            f"cell {' '.join(cell.overrides)}: hydra.sweeper.match_lora: tying.method={cell.config.tying.method} can "
+            "be counted only on the loaded model, so no LoRA matches it; leave one of them out"
+        )
+    return ["tying=LoRA", f"rank.r={tying.nearest_lora_rank(count, cell.config.model.architecture)}"]
 
 
 def _unlabelled(config: Config) -> Config:

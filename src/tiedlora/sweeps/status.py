@@ -138,7 +138,7 @@ def status_of(
         is_scored = run is None or is_unscored or not lacks_scores(cell.config.score, folder)
     except UserError as damage:
         return CellStatus(cell, State.FAILED, error=visible(str(damage)))
-    pause = cell.config.train.pause_after
+    pause = cell.pauses_at
     if searched and not folder.pruned_file.exists() and (step := folder.checkpoint_step()) in searched.rungs:
         pause = step
     state = folder.state(is_scored, pause, patience)
@@ -209,13 +209,13 @@ def rows(cells: Sequence[CellStatus]) -> list[list[str]]:
     extra = [key for key in keys if len({own[key] for own in words if key in own}) > 1]
     lines = [[*COLUMNS, *extra, *RESULT_COLUMNS]]
     for cell, values in zip(cells, words, strict=True):
-        name = cell.cell.name
+        name, trainable = cell.cell.name, trainable_params(cell.cell.config)
         # The first metric in per cent. A loss is in nats, and has its own column.
         score = "" if cell.score is None or is_loss(cell.metric or "") else f"{100 * cell.score:.1f} %"
         loss = "" if cell.validation_loss is None else f"{cell.validation_loss:.3f}"
         lines.append(
             [name.model, name.task, name.configuration, str(name.rank)]
-            + [f"{trainable_params(cell.cell.config) or 0:,}", _rate(cell.cell, values), str(name.seed)]
+            + ["" if trainable is None else f"{trainable:,}", _rate(cell.cell, values), str(name.seed)]
             + [values.get(key, "") for key in extra]
             + [cell.state, _step(cell), score, loss, f"{cell.seconds:.0f}"]
         )
@@ -301,7 +301,7 @@ def to_json(sweep_id: str, cells: Sequence[CellStatus], forecast: Sequence[Mappi
         **({} if forecast is None else {"forecast": list(forecast)}),
         "cells": [
             {"run_id": cell.run_id, "overrides": list(cell.cell.overrides), **asdict(cell.cell.name)}
-            | {"trainable": trainable_params(cell.cell.config) or 0}
+            | {"trainable": trainable_params(cell.cell.config)}
             | {name: getattr(cell, name) for name in found}
             for cell in cells
         ],

@@ -300,9 +300,8 @@ def restore_study(folder: Path, outputs: Path) -> int:
     """
     runs = runs_folder(folder)
     kept = [path for path in sorted(runs.iterdir()) if (path / "config.yaml").is_file()]
-    missing = [path for path in kept if not (outputs / path.name).exists()]
-    for path in missing:
-        storage.copy_folder(path, outputs / path.name)
+    # Copying takes long: another process may have begun a run by then.
+    copied = [not (outputs / path.name).exists() and storage.copy_folder(path, outputs / path.name) for path in kept]
     for file in (runs / BASE).glob("*.jsonl*"):
         storage.write_bytes(outputs / BASE / file.name, storage.read_bytes(file))
-    return len(missing)
+    return sum(copied)

@@ -240,7 +240,7 @@ def _reason(error: Exception) -> str:
 
 def first_answers(folder: RunFolder, most: int) -> Answers:
     """Prompt, references, the base model's answer, the adapted model's, and its scores, of the first `most` rows."""
-    for split in TABLE_SPLITS:
+    for split in TABLE_SPLITS if most else ():
         if (found := _answers(folder.scores_file(split, "answers"))) is not None:
             rows, base_file = found.rows[:most], folder.base_scores_file(found.record.base)
             of_base = _answers(base_file)
