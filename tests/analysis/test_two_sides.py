@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.report_runs import GOOD, make_record, prediction_rows, score_run, write_run
+from helpers.report_runs import BASE, GOOD, make_record, prediction_rows, score_run, scored_run, write_run
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 
@@ -68,6 +68,13 @@ class TestAgainstTheReport:
             difference, _ = compare(method, comparator, Measure("test", test.metric), Scorebook()).difference()
             assert test.difference == difference
             assert test.seeds == seeds == difference.count
+
+    def test_what_a_report_would_not_compare_is_said(self, tmp_path):
+        folders = [scored_run(tmp_path, GOOD, BASE, name=name, split="test") for name in ("LoRA", "TABuv")]
+        folders += [scored_run(tmp_path, GOOD, BASE, changes={"config.train.steps": 300}, model="org/x", split="test")]
+        (alike,), (unlike,) = (compared(folders[0], folder) for folder in folders[1:])
+        assert not any("also differ" in note for note in alike.notes)
+        assert "A and B also differ in model.name, train.steps" in unlike.notes
 
     def test_a_file_of_scores_has_the_numbers_of_its_run(self, tmp_path):
         outputs = tmp_path / "outputs"

@@ -60,6 +60,13 @@ def test_a_row_has_the_adapter_its_size_score_difference_and_verdict(report):
     ]
 
 
+def test_a_claim_without_one_of_its_sides_does_not_hide_the_ranking_and_says_which_side_is_missing(tmp_path):
+    world(tmp_path / "runs", {("LoRA", 1): 0.6, ("TABuv", 8): 0.3}, seeds=3)
+    lines = said(report_of_claim(tmp_path))
+    assert any("LoRA r 1" in line for line in lines)
+    assert any("1: no finished run of LoRA r=8 in the same setting" in line for line in lines)
+
+
 def test_a_difference_has_the_level_and_the_seeds_of_its_verdict(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, seeds=4)
     report = report_of_claim(tmp_path, rule="better_by: 0")

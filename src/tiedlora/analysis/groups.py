@@ -218,7 +218,12 @@ def group_runs(
 
 
 def _setting_and_own(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The part of the identity, with the base model, that runs must share to be compared; and that of the group alone.
+    """The part of the identity that runs must share to be compared, and that of the group alone."""
+    return setting_of(run), own_values(run.record.identity.tree)
+
+
+def setting_of(run: Run) -> dict[str, Any]:
+    """The part of the identity, with the base model, that runs must share to be compared.
 
     Arms with shuffled targets, and those trained from a reward, are scored on the same rows as the others.
     """
@@ -226,7 +231,7 @@ def _setting_and_own(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     setting = {key: value for key, value in tree.items() if key not in ("tying", "rank", "objective", "seed")}
     setting["train"] = {key: value for key, value in tree["train"].items() if key not in ("lr", "lr_factor")}
     setting["task"] = {key: value for key, value in tree["task"].items() if key != "shuffle_targets"}
-    return setting | {"base": run.record.base.digest}, own_values(tree)
+    return setting | {"base": run.record.base.digest}
 
 
 def differing_values(names: Sequence[Hashable], trees: Sequence[Any]) -> list[str]:

@@ -19,16 +19,19 @@ from numpy.typing import NDArray
 
 from tiedlora.analysis import intervals, rules
 from tiedlora.analysis.comparison import Estimate, unlike
-from tiedlora.analysis.groups import differing_values
+from tiedlora.analysis.groups import differing_values, setting_of
 from tiedlora.analysis.intervals import Array, Clusters
 from tiedlora.analysis.results import FEW_EXAMPLES
 from tiedlora.analysis.row_files import RowFile, listed, read_row_file, read_samples
 from tiedlora.analysis.runs import Measure, NotComparable, RowScores, Run, Scorebook, read_runs, run_roots
-from tiedlora.config.identity import identity_digest
+from tiedlora.config.identity import identity_digest, leaves
 from tiedlora.errors import UserError
 from tiedlora.records.interval import Unit
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.text import counted, nearest, number_list
+
+MOST_KEYS = 5
+"""How many keys are named in which two sides differ."""
 
 Output = Run | RowFile
 """What was scored of one model: of one task and one seed."""
@@ -372,10 +375,22 @@ def _test(
     )
     said = [*notes, *_notes_on_rows(found, rows, differences), *(note for file in files for note in file.notes)]
     if all(runs):
-        said += unlike(runs, measure)
+        said += [*unlike(runs, measure), *_other_settings(*runs)]
         if len({run.record.data["train"].digest for own in runs for run in own}) > 1:
             said.append("trained on other rows")
     return replace(found, notes=tuple(dict.fromkeys(said)))
+
+
+def _other_settings(ours: Sequence[Run], theirs: Sequence[Run]) -> list[str]:
+    """A note on what the runs do not share that the report would ask of runs that it compares."""
+    values: tuple[dict[str, set[str]], ...] = ({}, {})
+    for of_side, runs in zip(values, (ours, theirs), strict=True):
+        for key, value in itertools.chain.from_iterable(leaves(setting_of(run)).items() for run in runs):
+            of_side.setdefault(key, set()).add(str(value))
+    one, other = values
+    differing = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    more = f" and {len(differing) - MOST_KEYS} more" if differing[MOST_KEYS:] else ""
+    return [f"A and B also differ in {', '.join(differing[:MOST_KEYS])}{more}"] if differing else []
 
 
 def _notes_on_rows(test: PairedTest, rows: RowScores, differences: Array) -> list[str]:

@@ -68,7 +68,8 @@ def parts(report: Report, out: Path, *, everything: bool = False) -> Iterator[Re
 
 def _without_claims(report: Report) -> list[list[RankedArm]]:
     """The rankings of tasks with several arms and no claim about them."""
-    asked = {(answer.model, answer.task) for answer in report.answers if answer.verdict != Verdict.NOT_RUN}
+    # Without a pair, a claim has no numbers to show.
+    asked = {(answer.model, answer.task) for answer in report.answers if isinstance(answer.pair, Pair)}
     several = (ranking for ranking in report.rankings if len(ranking) > 1)
     return [own for own in several if (own[0].group.model, own[0].group.task_in_words) not in asked]
 
@@ -236,7 +237,8 @@ def _undecided(answers: Sequence[Answer]) -> Iterator[RenderableType]:
         if answer.lacking:
             by_runs[answer.pair.anchor.setting if answer.pair else "", _runs(answer)].append(answer)
         else:
-            stuck["no planned look is likely to decide" if answer.is_futile else answer.decide] += 1
+            needed = answer.decide if isinstance(answer.pair, Pair) else answer.reason
+            stuck["no planned look is likely to decide" if answer.is_futile else needed] += 1
     likely_first = sorted(by_runs.items(), key=lambda item: -max(answer.chance or 0.0 for answer in item[1]))
     for (_, runs), own in likely_first[:MOST_UNDECIDED]:
         yield _indented(f"{_cost(runs, own)}: {_questions(own)}")
