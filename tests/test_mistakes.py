@@ -140,7 +140,7 @@ SCRIPTS = {
     "two sweeps to watch": ("sweep.py watch one two", "watch: takes one sweep: its id, its name, its folder"),
     "no folder to look for a sweep": (
         "sweep.py status outputs=",
-        "outputs=: is empty; name the folder of the runs, or",
+        "outputs=: is empty; give a path, or leave it out",
     ),
     "no sweep to watch": ("sweep.py watch outputs=outputs", "has no sweeps/; start one with train.py --multirun"),
     "an option of another action": (f"sweep.py status {WORDS} --no-test", "--no-test: is for select; status"),

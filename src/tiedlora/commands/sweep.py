@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tiedlora import screen
 from tiedlora.analysis.rate_choice import CRITERIA
-from tiedlora.commands.parser import Parser
+from tiedlora.commands.parser import Parser, filled
 from tiedlora.errors import UserError
 from tiedlora.places import outputs_folder
 from tiedlora.records.selection import SELECTION_FILE, write_selection
@@ -122,10 +122,8 @@ def started_sweep(what: str, words: list[str], names: list[str]) -> Path | None:
         raise UserError(f"{what}: takes one sweep: its id, its name, its folder, or the words of train.py --multirun")
     if others:
         return None
-    if words and words[-1] == "outputs=":
-        # As train.py refuses it: the working folder is not meant.
-        raise UserError("outputs=: is empty; name the folder of the runs, or leave it out")
-    outputs = Path(words[-1].removeprefix("outputs=")).expanduser() if words else outputs_folder()
+    place = filled("outputs=", Path)
+    outputs = place(words[-1].removeprefix("outputs=")).expanduser() if words else outputs_folder()
     return status.find_sweep(outputs.absolute(), *names)
 
 
