@@ -119,6 +119,10 @@ def test_the_next_command_keeps_what_both_arms_share(tiny_config, tmp_path, monk
     _, compare, _ = next_steps(config, Path(config.outputs) / "RUN", words).splitlines()
     command = "python train.py rank=r2 train.steps=6 tying=TABuv && python scripts/report.py 'out puts'"
     assert compare == f"  compare with TABuv    {command}"
+    # Both arms adapt the same places, with the same dropout. The parts are the arm's own.
+    words = ["tying=LoRA", "tying.targets=[q]", "+tying.layers=[0]", "tying.dropout=0.1", "tying.A.share=2"]
+    _, compare, _ = next_steps(config, Path(config.outputs) / "RUN", words).splitlines()
+    assert "train.py 'tying.targets=[q]' '+tying.layers=[0]' tying.dropout=0.1 tying=TABuv &&" in compare
 
 
 def test_generated_rows_are_made_again_where_their_generator_changed(finished_run, monkeypatch):

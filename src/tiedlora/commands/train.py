@@ -22,8 +22,10 @@ from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
 from tiedlora.text import nearest
 
-_OF_THIS_ARM = re.compile(r"[+~]*(tying|train\.lr|train\.lr_factor|train\.init_from|force)\b")
-"""The words that another arm does not share."""
+_OF_THIS_ARM = re.compile(
+    r"[+~]*(tying(?!\.(targets|layers|dropout)\b)|train\.lr|train\.lr_factor|train\.init_from|force)\b"
+)
+"""The words that another arm does not share. Where an adapter sits, and its dropout, are no part of the arm."""
 FLAGS = (
     *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r"),
     *("--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn"),
