@@ -3,6 +3,8 @@
 import copy
 import json
 import shlex
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 
@@ -161,6 +163,31 @@ def test_the_cards_command_is_the_same_run(overrides):
     assert words[:2] == ["python", "train.py"]
     assert run_id(compose_config(words[2:])) == run_id(config)
     assert len(words) - 2 <= len(overrides) + 2
+
+
+# A task of the project takes a backslash and an n as they are.
+GIVEN_ROWS = ["model=tiny_llama", "task=rows", "task.hub.id=a/b"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=tiny_llama", "task=gsm8k", 'task.prompt="Say \\n, it\'s \\\\\n\n{question} run train.py\n"'],
+        [*GIVEN_ROWS, "task.prompt='Say {x}\n  or\\n$HOME'", "task.target='{y}'"],
+        [*GIVEN_ROWS, "task.prompt='{x}'", "task.target='{y}\\\n'", "task.stop=['\n']"],
+    ],
+)
+def test_the_command_copied_from_a_card_is_the_same_run_with_line_feeds(overrides, monkeypatch):
+    config = compose_config(overrides)
+    monkeypatch.setattr(sys, "argv", ["tiedlora export"])
+    text = card(make_record(), NO_SCORES, config, ExportOptions("hub-card"))
+    (line,) = text.partition("## Command\n\n")[2].splitlines()
+    assert line.startswith("    tiedlora train model=tiny_llama ")
+    # A shell reads the copied line.
+    printed = subprocess.run(
+        ["bash", "-c", line.replace("tiedlora train", r"printf '%s\0'")], capture_output=True, check=True
+    )
+    assert run_id(compose_config(printed.stdout.decode().split("\0")[:-1])) == run_id(config)
 
 
 def test_the_card_names_the_chat_template_and_what_was_rounded():

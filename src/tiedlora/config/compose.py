@@ -41,7 +41,7 @@ from tiedlora.config.identity import (
 from tiedlora.config.rates import suggested_lr
 from tiedlora.config.schema import SPLITS, Config, HubSource, RankConfig, TaskConfig, TrainConfig
 from tiedlora.config.sizes import at_budget
-from tiedlora.errors import UserError
+from tiedlora.errors import UserError, as_called
 from tiedlora.keys import from_person
 from tiedlora.other_methods import REGISTERED, TyingConfig, resolve
 from tiedlora.places import CONF, DATA, default_folder, folder_of, own_options
@@ -62,6 +62,8 @@ ARGUMENTS = "tying.resolved."
 LR_FACTORS = "tying.lr_factors."
 OWN_ROWS = "own_rows"
 """task.kind of task=rows."""
+WITH_LINE_FEEDS = ("task.prompt", "task.target", "task.stop")
+"""Where task=rows reads `\\n` as a line feed."""
 NOT_EXACT = "   # not exact: this version of the code composes another run; the run's config.yaml has all values"
 Layered = TypeVar("Layered", TyingConfig, Term)
 _register_resolver: Any = OmegaConf.register_resolver if _IS_NEW else OmegaConf.register_new_resolver
@@ -436,7 +438,16 @@ def command(config: Config) -> str:
         overrides.append("model.path=FOLDER")
     if config.data_root:
         overrides.append("data_root=FOLDER")
-    return f"python train.py {shlex.join(overrides)}".rstrip() + ("" if is_exact else NOT_EXACT)
+    words = " ".join(map(_on_one_line, overrides))
+    return f"{as_called('python train.py')} {words}".rstrip() + ("" if is_exact else NOT_EXACT)
+
+
+def _on_one_line(word: str) -> str:
+    """The word for a shell, without a line feed: indented, as in a card, the next line would be another text."""
+    if "\n" not in word:
+        return shlex.quote(word)
+    escaped = word.replace("\\", r"\\").replace("'", r"\'").replace("\n", r"\n")
+    return f"$'{escaped}'"
 
 
 def _source(task: TaskConfig) -> list[str]:
@@ -512,7 +523,10 @@ def _overrides(config: Config) -> list[str]:
 
 def _identity_values(config: Config) -> dict[str, str]:
     """Dotted key -> value in Hydra's grammar, for every key of the identity."""
-    return {key: in_hydras_grammar(value) for key, value in leaves(identity(config)).items()}
+    values = {key: in_hydras_grammar(value) for key, value in leaves(identity(config)).items()}
+    for key in WITH_LINE_FEEDS if config.task.kind == OWN_ROWS else ():
+        values[key] = values[key].replace("\n", r"\n")
+    return values
 
 
 def in_hydras_grammar(value: object) -> str:
