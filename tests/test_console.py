@@ -105,6 +105,13 @@ def test_a_launcher_of_processes_gets_a_module_and_a_persons_file_keeps_its_name
     )
 
 
+def test_a_shell_completes_the_words_of_train_py_and_not_of_the_command(called, script, monkeypatch):
+    monkeypatch.setenv("COMP_LINE", "python train.py tying=LoRA_q")
+    assert script("train.py", "-sc", "query=bash") == (0, "tying=LoRA_qkv\n", "")
+    _, _, err = called("train", "-sc", "install=bash")
+    assert err == "error: -sc: is for `python ./train.py` in a checkout only; leave it out\n"
+
+
 def test_measurements_on_a_gpu_need_a_checkout(called, monkeypatch):
     monkeypatch.setattr("tiedlora.commands.gpu.PROJECT", None)
     code, out, err = called("gpu")

@@ -26,9 +26,10 @@ _OF_THIS_ARM = re.compile(
     r"[+~]*(tying(?!\.(targets|layers|dropout)\b)|train\.lr|train\.lr_factor|train\.init_from|force)\b"
 )
 """The words that another arm does not share. Where an adapter sits, and its dropout, are no part of the arm."""
+COMPLETION = ("--shell-completion", "-sc")
 FLAGS = (
     *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r"),
-    *("--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn"),
+    *("--multirun", "-m", *COMPLETION, "--config-path", "-cp", "--config-name", "-cn"),
     *("--config-dir", "-cd", "--experimental-rerun", "--info", "-i"),
 )
 """Hydra's. For another one, its parser would print all of them and no line that helps."""
@@ -75,7 +76,7 @@ def _shown(path: Path) -> str:
 
 
 def check_flags(words: Sequence[str]) -> None:
-    """Refuse a flag that there is not.
+    """Refuse a flag that there is not, or that cannot work here.
 
     Raises:
         UserError: naming the flag, and the most similar one.
@@ -83,9 +84,12 @@ def check_flags(words: Sequence[str]) -> None:
     for word in words:
         flag = word.partition("=")[0]
         # Hydra takes --multi for --multirun, and -cjob for -c job.
-        is_known = flag[:2] in FLAGS or (flag.startswith("--") and any(known.startswith(flag) for known in FLAGS))
-        if flag.startswith("-") and not is_known:
+        starts_one = flag[:2] in FLAGS or (flag.startswith("--") and any(known.startswith(flag) for known in FLAGS))
+        if flag.startswith("-") and not (flag in FLAGS or starts_one):
             raise errors.UserError(f"{flag:.80}: is no flag of train.py{nearest(flag, FLAGS)}; keys are KEY=VALUE")
+        # Hydra's script for a shell would call `tiedlora` without `train`.
+        if flag in COMPLETION and sys.argv[0].startswith(f"{errors.CONSOLE} "):
+            raise errors.UserError(f"{flag}: is for `python ./train.py` in a checkout only; leave it out")
 
 
 def main(words: list[str]) -> None:
