@@ -63,7 +63,7 @@ MISTAKES = {  # one for each rule: overrides, and how the message begins
     "a beta of one": (["train.betas=[1.0,0.9]"], "train.betas.0=1.0: must be less than 1"),
     "a device that is none": (["train.device=xyz"], "train.device=xyz: choose auto, cpu, cuda or cuda:NUMBER"),
     "a device beyond torch's numbers": (["train.device=cuda:256"], "train.device=cuda:256: choose auto, cpu, cuda or"),
-    "a long warm-up": (["train.warmup_steps=1000"], "train.warmup_steps=1000: is more than train.steps"),
+    "a long warm-up": (["train.warmup_steps=1000"], "train.warmup_steps=1000: is more than train.steps=80; lower"),
     "nothing trained": (["tying=TB", "train.lr_factor.B=0"], "train.lr_factor: is 0 for every trained part"),
     "rank above the projection": (["rank.r=100000"], "rank.r=100000: is more than a projection's"),
     "heads that share nothing": (["model.architecture.kv_heads=2"], "model.architecture.kv_heads=2: must divide heads"),

@@ -111,7 +111,9 @@ def _check_training(config: Config) -> None:
     if config.tying.method is None and not any(getattr(train.lr_factor, part) > 0 for part in trained):
         raise UserError("train.lr_factor: is 0 for every trained part, so nothing would be trained; raise one of them")
     if train.warmup_steps > train.steps:
-        raise UserError(f"train.warmup_steps={train.warmup_steps}: is more than train.steps={train.steps}")
+        raise UserError(
+            f"train.warmup_steps={train.warmup_steps}: is more than train.steps={train.steps}; lower it, or set it to 0"
+        )
 
 
 def _check_objective(config: Config) -> None:
