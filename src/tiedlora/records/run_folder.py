@@ -126,6 +126,8 @@ class RunFolder:
         record = self.record()
         if record is None and not self.path.is_dir():
             raise UserError(f"{self.path}: no such folder; give a run's folder, such as outputs/TABuv-r8-...")
+        if record is None and not self.config_file.exists():
+            raise UserError(f"{self.path}: is not a run's folder (it has no config.yaml); give a run")
         if record is None:
             raise UserError(f"{self.path}: has no result.json, so the run is not finished; run its command again")
         return record
