@@ -328,8 +328,14 @@ def test_a_training_row_among_the_validation_rows_stops_before_anything_is_writt
 
 def test_a_row_that_cannot_be_scored_stops_before_the_training(tiny_config):
     config = tiny_config("task.max_prompt_tokens=90")
-    with pytest.raises(UserError, match=r"cannot be shortened to .* raise task\.max_prompt_tokens"):
+    says = r"of validation has .* shortened to 90 \(task\.max_prompt_tokens=90\); raise task\.max_prompt_tokens$"
+    with pytest.raises(UserError, match=says):
         run.main(config)
+    # Without a limit of its own, the model's context is what applies.
+    room = config.model.context - 90
+    says = rf"cannot be shortened to 90 \(model\.context=\d+ less {room} for the answer\); lower task\.max_new"
+    with pytest.raises(UserError, match=says):
+        run.main(tiny_config(f"task.max_new_tokens={room}"))
     assert not folder_of(config).metrics_file.exists()
 
 

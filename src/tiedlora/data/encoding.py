@@ -194,8 +194,11 @@ class Encoder:
             text = text.removeprefix(" ")
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def scored(self, example: Example) -> Example:
+    def scored(self, example: Example, split: str = "") -> Example:
         """The example as it is scored: its prompt is shortened if needed, so that the answer fits.
+
+        Args:
+            split: that of the example, for the message.
 
         Raises:
             UserError: it does not fit. No example may be left out.
@@ -204,11 +207,14 @@ class Encoder:
         answer_tokens = max([task.max_new_tokens, *(len(self.continuation(choice)) for choice in example.choices)])
         if shortened is not None and len(self.prompt(shortened.prompt)) + answer_tokens <= self.context:
             return shortened
+        limit = min(self.prompt_limit, self.context - answer_tokens)
+        why = f"model.context={self.context} less {answer_tokens} for the answer"
+        advice = "lower task.max_new_tokens, or take a model of longer context"
+        if limit == task.max_prompt_tokens:
+            why, advice = f"task.max_prompt_tokens={limit}", "raise task.max_prompt_tokens"
         raise UserError(
-            f"task={task.name}: row {example.id} has a prompt of {len(self.prompt(example.prompt))} tokens that "
-            f"cannot be shortened to {self.context - answer_tokens} (model.context={self.context} less "
-            f"{answer_tokens} for the answer, task.max_prompt_tokens={task.max_prompt_tokens}); lower "
-            "task.max_new_tokens, raise task.max_prompt_tokens, or take a model of longer context"
+            f"task={task.name}: row {example.id}{f' of {split}' if split else ''} has a prompt of "
+            f"{len(self.prompt(example.prompt))} tokens that cannot be shortened to {limit} ({why}); {advice}"
         )
 
     def cuts_answer(self, example: Example) -> bool:
@@ -299,10 +305,10 @@ def encode_rows(encoder: Encoder, examples: Sequence[Example]) -> EncodedRows:
             kept.append(number)
             encoded.append(tokens)
     if not kept:
+        limits = {key: getattr(config, key) for key in ("max_prompt_tokens", "max_new_tokens", "max_target_tokens")}
+        said = ", ".join(f"{key}={'null' if limit is None else limit}" for key, limit in limits.items())
         raise UserError(
-            f"task={config.name}: none of {len(examples)} rows fits max_prompt_tokens={config.max_prompt_tokens}, "
-            f"max_new_tokens={config.max_new_tokens}, max_target_tokens={config.max_target_tokens} and the model's "
-            f"context of {context}"
+            f"task={config.name}: none of {len(examples)} rows fits {said} and the model's context of {context}"
         )
     return EncodedRows(kept, encoded, counts)
 

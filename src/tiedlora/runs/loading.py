@@ -133,7 +133,7 @@ def load(config: Config, world: World) -> Loaded:
         warn_of_trained_rows(config.task.name, read.examples["train"], examples["test"])
     generates = not has_choices and not all(map(is_loss, config.score.metrics or task.metrics))
     for split in config.score.splits:
-        scored = [encoder.scored(example) for example in examples[split]]
+        scored = [encoder.scored(example, split) for example in examples[split]]
         if generates and (long := sum(encoder.cuts_answer(example) for example in scored)):
             most = config.task.max_new_tokens
             text = "%d of %d %s targets are longer than task.max_new_tokens=%d, so no answer can equal them; raise it"
