@@ -20,6 +20,7 @@ from tiedlora.analysis.intervals import Clusters
 from tiedlora.analysis.row_files import read_row_file, read_samples
 from tiedlora.analysis.runs import Measure, Scorebook, read_runs, run_roots
 from tiedlora.analysis.two_sides import compare_sides, left_out, read_side
+from tiedlora.errors import UserError
 from tiedlora.places import PROJECT
 
 HARNESS = PROJECT / "tests" / "fixtures" / "lm_eval"
@@ -214,6 +215,19 @@ class TestStatistics:
                 inside.append(found.low <= 0 <= found.high)
         error = 3 * np.sqrt(0.05 * 0.95 / draws)
         assert 0.93 - error <= np.mean(inside) <= 0.98 + error
+
+    def test_the_number_of_a_cluster_is_no_score_and_belongs_to_a_row(self, tmp_path):
+        scores, articles = [[0, 1] * 10, [1] * 20], [row // 2 for row in range(20)]
+        # The cluster stands first, and no --metric says which number is the score.
+        a, b = (
+            write_rows(tmp_path / name, [{"id": i, "article": articles[i], "correct": own[i]} for i in range(20)])
+            for name, own in zip("ab", scores, strict=True)
+        )
+        (test,) = compared(a, b, cluster="article")
+        assert (test.metric, test.clusters) == ("correct", 10)
+        moved = scored(tmp_path / "moved", scores[1], article=[*articles[:19], 3])
+        with pytest.raises(UserError, match=r"^the row 19 is of the cluster 3 in .*/moved and 9 in .*/a; give"):
+            compared(moved, a, cluster="article")
 
     def test_fewer_than_five_clusters_give_a_warning(self, tmp_path):
         a, b = binary(1, 60, 0.5), binary(2, 60, 0.5)

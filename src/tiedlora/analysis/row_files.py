@@ -52,6 +52,8 @@ class RowFile:
     lower: frozenset[str] = frozenset()
     """The metrics that are better if lower, as far as the file says it."""
     notes: tuple[str, ...] = ()
+    cluster_of: Mapping[str, str] = field(default_factory=dict)
+    """The id of a row -> its cluster, for the rows that name one."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def read_row_file(path: Path, cluster: str | None = None, notes: tuple[str, ...]
         all(row.says_metrics for row in rows),
         _lower(path, task, match["time"], values) if match else frozenset(),
         notes,
+        {name: row.cluster for name, row in zip(ids, first, strict=True) if row.cluster},
     )
 
 
@@ -167,7 +170,7 @@ def _parsed(path: Path, cluster: str | None) -> Iterator[_Row]:
         name = tree.get("id", tree.get("doc_hash"))
         if isinstance(name, bool) or not isinstance(name, (str, int)):
             raise UserError(f"{where}: has neither an id nor a doc_hash, which is a text or a whole number; {ADVICE}")
-        says_metrics, scores = _scores(tree)
+        says_metrics, scores = _scores(tree, cluster)
         if not scores:
             has = ", ".join(
                 f"{_shown(name)}: {visible(str(value)):.40}" for name, value in list(tree.items())[:LONGEST_LIST]
@@ -179,13 +182,13 @@ def _parsed(path: Path, cluster: str | None) -> Iterator[_Row]:
         yield _Row(number, str(name), doc_id, str(own_filter or ""), scores, says_metrics, cluster_name)
 
 
-def _scores(tree: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
+def _scores(tree: Mapping[str, Any], cluster: str | None) -> tuple[bool, dict[str, Any]]:
     """Whether the row says which of its values are scores, and these."""
     if isinstance(names := tree.get("metrics"), list):
         return True, {str(name): tree.get(str(name)) for name in names}
     if isinstance(scores := tree.get("scores"), dict):
         return True, scores
-    return False, {key: value for key, value in tree.items() if _is_score(value) and key not in NO_SCORES}
+    return False, {key: value for key, value in tree.items() if _is_score(value) and key not in (*NO_SCORES, cluster)}
 
 
 def _is_score(value: object) -> bool:

@@ -286,11 +286,12 @@ def _tables(
     """For each side (seeds, rows) and the recorded scores (seeds,); and the rows that name the clusters, in this order.
 
     Raises:
-        UserError: the outputs have other rows.
+        UserError: the outputs have other rows, or files name another cluster of a row.
     """
     scored = [[_scored(output, measure, book) for output in side] for side in (ours, theirs)]
     outputs, rows = [*ours, *theirs], [own for side in scored for own, _, _ in side]
     places = [_places(outputs[0], rows[0].ids, output, own.ids) for output, own in zip(outputs, rows, strict=True)]
+    _check_clusters([output for output in outputs if isinstance(output, RowFile)])
     by_digest = {run.scores.adapted[measure.split, measure.kind].digest: run for run in outputs if isinstance(run, Run)}
     if len(by_digest) > 1:
         first, second = itertools.islice(by_digest.values(), 2)
@@ -303,6 +304,21 @@ def _tables(
     naming, place = named[0]
     clusters = None if naming.clusters is None else Clusters(naming.clusters.codes[place])
     return tables, means, replace(naming, clusters=clusters)
+
+
+def _check_clusters(files: Sequence[RowFile]) -> None:
+    """Refuse files that say of a row that it belongs to different clusters.
+
+    Raises:
+        UserError: naming the row.
+    """
+    known: dict[str, tuple[str, RowFile]] = {}
+    for file in files:
+        for name, cluster in file.cluster_of.items():
+            before, other = known.setdefault(name, (cluster, file))
+            if cluster != before:
+                where = f"the cluster {listed([cluster])} in {file.path} and {listed([before])} in {other.path}"
+                raise UserError(f"the row {listed([name])} is of {where}; give files that agree, or another --cluster")
 
 
 def _places(first: Output, ids: Sequence[str], output: Output, own: Sequence[str]) -> NDArray[np.intp]:
