@@ -97,6 +97,8 @@ SWEEPS = {
     "an arm of two methods": ("tying=TAB arm=LoRA,TA", "tying=TAB: arm=LoRA,TA says it already; leave one of them"),
     "arms by another key": ("arms=LoRA@r1,TA@r8", "arms: unknown key; arms of different rank are an axis: arm=LoRA@"),
     "one cell that is wrong": ("seed=0,-1", "seed=-1: seed=-1: must be greater than or equal to 0"),
+    "seeds as a range": ("seed=0-2", "Several are written seed=0,1,2 (--multirun)"),
+    "seeds as a list": ("'seed=[0,1]'", "Several are written seed=0,1,2 (--multirun)"),
     "cells that are repeated": ("force=true", "force=true: a sweep that repeats finished cells could not be"),
     "claims of no file": ("hydra/sweeper=deciding hydra.sweeper.claims=[a]", "claims=['a']: must be a valid string"),
     "claims without their sides": ("hydra/sweeper=deciding train.lr=1e-3,1e-2", "needs TABuv r=8 and LoRA"),

@@ -402,7 +402,8 @@ class Config:
     """Trained parameters: the rank, or the argument tying.knob of another method, is chosen to come nearest to them.
     null leaves the size as it is. The identity has the chosen size."""
     seed: Annotated[Whole, Field(ge=0, le=2**63 - 1)] = 0
-    """The seed of the adapter's initial values, the order of the rows, dropout, and the sampled answers (reward)."""
+    """The seed of the adapter's initial values, the order of the rows, dropout, and the sampled answers (reward).
+    Several are written seed=0,1,2 (--multirun)."""
     outputs: Folder = field(default="outputs", metadata=EXECUTION)
     """The folder of the runs, with one folder for each configuration."""
     cache: Folder = field(default=".cache", metadata=EXECUTION)
