@@ -174,10 +174,6 @@ class Sweep:
             path = self.path / "cells" / f"{cell.run_id}.json"
             storage.write_changed(path, storage.json_bytes(tree), flush=False)
 
-    def freeze_missing(self, cells: Iterable[SweepCell]) -> None:
-        """Freeze the cells that are not frozen yet: no launch freezes a run that another sweep has finished."""
-        self.freeze(cell for cell in cells if not (self.path / "cells" / f"{cell.run_id}.json").exists())
-
     def matching(self, patterns: Iterable[str]) -> list[str]:
         """The cells that a person names by their ids, with * and ? as wildcards. A search may have added some of them.
 

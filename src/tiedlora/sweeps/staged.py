@@ -191,15 +191,7 @@ class StagedSweep:
             )
             what = ", ".join(f"{count} cells {goal}" for goal, count in goals.items())
             if not self.run([cell for search in self.searches for cell in search.next_cells()], what):
-                self.record()
                 return
-
-    def record(self, others: Iterable[SweepCell] = ()) -> None:
-        """Freeze what the searches have asked for, and these cells, if no launch has: `sweep.py status` lists those."""
-        splits = self.sweep.cells[0].config.score.splits
-        asked = [search.cell(*each) for search in self.searches for each in sorted(search.stage.asked)]
-        beyond = [cell.until(None, splits) for cell in (*asked, *others)]
-        self.sweep.freeze_missing([*self.sweep.cells, *beyond])
 
     def _warn_of_other_options(self, decided: Selection) -> None:
         """Say which options of the search differ from those of an earlier start: all decisions are made anew by them.
@@ -252,7 +244,6 @@ class StagedSweep:
         # Rates beyond the grid are not frozen yet.
         grid, splits = {cell.run_id for cell in self.sweep.cells}, self.sweep.cells[0].config.score.splits
         self.sweep.freeze(cell.until(None, splits) for cell in new if cell.run_id not in grid)
-        self.record()
         self._launched.update(cell.goal for cell in new)
         launch_cells(new, self.launch, self.control)
         return True
@@ -352,9 +343,7 @@ def run_deciding(sweep: Sweep, options: DecidingOptions, launch: Launch) -> None
     staged.search()
     used = {search.cell(*asked).run_id for search in staged.searches for asked in search.stage.asked}
     # An earlier start of the same command has paid for the runs of looks that have ended.
-    paid = [cell for _, _, cell in _of_looks(planned, staged) if _has_ended(cell)]
-    staged.record(paid)
-    used |= {cell.run_id for cell in paid}
+    used |= {cell.run_id for _, _, cell in _of_looks(planned, staged) if _has_ended(cell)}
     while True:
         states = next_looks(planned, staged)
         needed = {cell.run_id: cell for _, cells in states for cell in cells}
