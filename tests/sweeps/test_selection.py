@@ -44,7 +44,7 @@ def test_select_chooses_on_validation_and_tests_the_chosen_alone(tiny_run, finis
     tested = {cell.run_id for cell in sweep.cells if cell.folder.scores_file("test", "answers").exists()}
     assert tested == {run_id for choice in chosen.choices for run_id in choice.run_ids}
     assert len(tested) == 4
-    assert "at the edge of the grid" in screen.text(*selection.table(scored.choices))
+    assert "at the edge of the grid" in screen.text(*selection.table(scored.choices, searched=False))
     # A stop may have left some of a run's kinds of scores.
     lost = RunFolder(sweep.cells[0].folder.path.parent / scored.choices[0].run_ids[0]).scores_file("test", "losses")
     lost.unlink()
@@ -138,8 +138,10 @@ def test_trials_that_differ_are_no_fair_comparison(chosen):
     (choice,) = chosen.choices
     fewer = replace(choice, configuration="LoRA", trials=4)
     remark = "llama on chain_sum: 4 to 6 trials a configuration: not a fair comparison."
-    assert remark in screen.text(*selection.table([choice, fewer]))
-    assert "fair" not in screen.text(*selection.table([choice, choice]))
+    assert remark in screen.text(*selection.table([choice, fewer], searched=False))
+    assert "fair" not in screen.text(*selection.table([choice, choice], searched=False))
+    by_rule = "4 to 6 trials a configuration: the search added rates or seeds, by one rule for all."
+    assert by_rule in screen.text(*selection.table([choice, fewer], searched=True))
 
 
 def test_a_loss_is_the_better_score_if_it_is_lower_and_runs_of_two_metrics_have_none_in_common(tmp_path):

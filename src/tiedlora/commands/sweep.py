@@ -96,7 +96,7 @@ def select(sweep: Sweep, by: str | None, test: bool, json: bool) -> None:
     if json:
         print(dumps(as_data, indent=2, ensure_ascii=False))
     else:
-        screen.show(*selection.table(chosen.choices))
+        screen.show(*selection.table(chosen.choices, searched=bool(chosen.searches)))
 
 
 def steer(sweep: Sweep, what: str, patterns: list[str]) -> None:

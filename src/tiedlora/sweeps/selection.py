@@ -211,8 +211,12 @@ def decision_lines(selected: Selection, actions: Container[str] | None = None) -
     return [visible(line[:LONGEST_MESSAGE]) for line in lines]
 
 
-def table(choices: Sequence[RateChoice]) -> list[RenderableType]:
-    """The choices as a table, with notes that a reader needs before a comparison."""
+def table(choices: Sequence[RateChoice], searched: bool) -> list[RenderableType]:
+    """The choices as a table, with notes that a reader needs before a comparison.
+
+    Args:
+        searched: a staged search made them, which adds rates and seeds by one rule for every configuration.
+    """
 
     def shown(value: float | None, metric: str) -> str:
         """A loss in nats, any other metric in per cent."""
@@ -242,9 +246,8 @@ def table(choices: Sequence[RateChoice]) -> list[RenderableType]:
     text: list[RenderableType] = [screen.table(COLUMNS, rows, NUMBERS)]
     if any(choice.edge for choice in choices):
         text += ["", EDGE_NOTE]
+    why = "the search added rates or seeds, by one rule for all" if searched else "not a fair comparison"
     for (model, task), counts in trials.items():
         if len(counts) > 1:
-            text.append(
-                f"{model} on {task}: {min(counts)} to {max(counts)} trials a configuration: not a fair comparison."
-            )
+            text.append(f"{model} on {task}: {min(counts)} to {max(counts)} trials a configuration: {why}.")
     return text

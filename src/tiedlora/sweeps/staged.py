@@ -270,7 +270,7 @@ class StagedSweep:
         """The chosen rates as a table, after the decisions that a reader should know."""
         selected = self.selection()
         notes = selection.decision_lines(selected, ("diverged", "outward", "edge", "tied", "fallback", "none"))
-        return [*notes, *([""] if notes else []), *selection.table(selected.choices)]
+        return [*notes, *([""] if notes else []), *selection.table(selected.choices, searched=True)]
 
     def end(self, unfinished: Sequence[SweepCell] = ()) -> None:
         """End the command, with SystemExit as run_staged. `unfinished` are missing runs that no search needs."""
