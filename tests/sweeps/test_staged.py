@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from tiedlora.errors import UserError
 from tiedlora.records.selection import read_selection
 from tiedlora.runs import run
-from tiedlora.sweeps import selection, staged
+from tiedlora.sweeps import selection, staged, status
 from tiedlora.sweeps.expand import read_options
 from tiedlora.sweeps.launching import run_sweep
 
@@ -168,6 +168,22 @@ def test_a_rate_outside_the_grid_takes_the_options_of_the_present_start(tiny_run
     frozen = [json.loads(path.read_text())["train"] for path in (later.path / "cells").glob("*.json")]
     assert {train["microbatch_tokens"] for train in frozen} == {512}
     assert {train["lr"] for train in frozen} > {1e-3, 1e-2}
+
+
+def test_a_rate_beyond_the_grid_that_another_sweep_has_finished_is_a_cell_too(tiny_run):
+    options = search_options(rungs=[])
+    words = ["seed=0", "train.steps=8", "train.validate_every=2", "score.base=false"]
+    first = compose_sweep(tiny_run("train.lr=1e-3,1e-2", *words))
+    staged.run_staged(first, options, Here())
+    # The second sweep launches one of its cells, the third none.
+    for rates, launched in (("3e-3,1e-2", 1), ("1e-2,3e-2", 0)):
+        sweep, launcher = compose_sweep(tiny_run(f"train.lr={rates}", *words)), Here()
+        staged.run_staged(sweep, options, launcher)
+        assert len(launcher.goals) == launched
+        (choice,) = read_selection(sweep.path / "selection.json").choices
+        shown = next(status.views(sweep.path)).cells
+        assert len(shown) == choice.trials > len(sweep.cells)
+        assert set(choice.run_ids) <= {cell.run_id for cell in shown if cell.state == "done"}
 
 
 def test_a_rate_that_diverges_is_a_result_and_its_run_is_not_repeated(tiny_run, capsys):

@@ -190,8 +190,16 @@ class StagedSweep:
                 for request in search.stage.requests
             )
             what = ", ".join(f"{count} cells {goal}" for goal, count in goals.items())
-            if not self.run([cell for search in self.searches for cell in search.next_cells()], what):
+            goes_on = self.run([cell for search in self.searches for cell in search.next_cells()], what)
+            self.record(search.cell(*each) for search in self.searches for each in sorted(search.stage.asked))
+            if not goes_on:
                 return
+
+    def record(self, cells: Iterable[SweepCell]) -> None:
+        """Freeze those that no launch has frozen, because another sweep has finished them: `status` lists them too."""
+        splits = self.sweep.cells[0].config.score.splits
+        frozen = self.sweep.path / "cells"
+        self.sweep.freeze(cell.until(None, splits) for cell in cells if not (frozen / f"{cell.run_id}.json").exists())
 
     def _warn_of_other_options(self, decided: Selection) -> None:
         """Say which options of the search differ from those of an earlier start: all decisions are made anew by them.
@@ -343,7 +351,9 @@ def run_deciding(sweep: Sweep, options: DecidingOptions, launch: Launch) -> None
     staged.search()
     used = {search.cell(*asked).run_id for search in staged.searches for asked in search.stage.asked}
     # An earlier start of the same command has paid for the runs of looks that have ended.
-    used |= {cell.run_id for _, _, cell in _of_looks(planned, staged) if _has_ended(cell)}
+    paid = [cell for _, _, cell in _of_looks(planned, staged) if _has_ended(cell)]
+    staged.record(paid)
+    used |= {cell.run_id for cell in paid}
     while True:
         states = next_looks(planned, staged)
         needed = {cell.run_id: cell for _, cells in states for cell in cells}
