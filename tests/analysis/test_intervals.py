@@ -126,7 +126,7 @@ class TestSeedsAndRows:
         assert level_above(-values) == 1.0
 
     def test_a_table_of_one_number_is_above_zero_or_is_zero_itself(self):
-        assert level_above(np.full((3, 5), 0.3)) == 0.0
+        assert level_above(np.full((3, 5), 0.3)) == pytest.approx(2 * 1.3**-5)
         # A contrast of equal scores: 1 - 0.9 - 0.1 is -2.8e-17.
         assert level_above(np.full((3, 5), 1 - 0.9 - 0.1)) == 1.0
 

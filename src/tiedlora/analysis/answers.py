@@ -18,8 +18,9 @@ from typing import Literal
 
 from tiedlora.analysis import claims, intervals, rules
 from tiedlora.analysis.claims import Claim, Pair, Unpaired
-from tiedlora.analysis.comparison import Estimate, compare, compare_planned, unlike
+from tiedlora.analysis.comparison import Estimate, PlannedSides, compare, planned_sides, unlike
 from tiedlora.analysis.groups import RunGroup, shown_splits
+from tiedlora.analysis.next_look import Next, before_look, next_look
 from tiedlora.analysis.regret import DoubtfulRate, doubtful_rates
 from tiedlora.analysis.rules import Rule, Sides
 from tiedlora.analysis.runs import Measure, NotComparable, Scorebook
@@ -200,22 +201,13 @@ def _zero(claim: Claim, pair: Pair | Unpaired | None) -> str:
 
 
 @dataclass(frozen=True)
-class _Next:
-    """What would decide a claim, how likely, and with which seeds, as an Answer has them."""
-
-    decide: str
-    chance: float | None = None
-    lacking: Mapping[str, set[int]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class _Decision:
     """What the looks of a plan say together."""
 
     looks: tuple[Look, ...]
     verdict: Verdict
     reason: str
-    next: _Next
+    next: Next
 
 
 def answer_claims(
@@ -244,25 +236,26 @@ def _answer(claim: Claim, pair: Pair | Unpaired, split: str, book: Scorebook) ->
     """The answer in one setting."""
     asked = partial(Answer, claim, pair.anchor.model, pair.anchor.task_in_words, pair)
     if isinstance(pair, Unpaired):
+        needed = f"runs of the missing side with seeds {number_list(claim.plan.of_look(0))}"
         # Usually the arm is beyond the curve, where no seed helps.
-        decide = "" if claim.comparator.frontier else next_look(claim, 0, {})
+        decide = "" if claim.comparator.frontier else needed
         return asked(Verdict.NOT_RUN if pair.lacks_method else Verdict.UNDECIDED, pair.problem, decide)
     measure, ended = None, {}
     try:
         measure = _measure(claim, pair.method, split)
         ended = _ended(pair.sides, measure)
-        comparison = compare_planned(
-            pair.method, pair.comparator, measure, book, floor=pair.floor, planned=claim.plan.seeds
-        )
-        sides = comparison.sides
+        found = planned_sides(pair.method, pair.comparator, measure, book, floor=pair.floor, plan=claim.plan)
     except NotComparable as why:
         reason = f"{pair.method.name} and {pair.comparator.name}{_over(pair)}: {why}"
-        return asked(Verdict.UNDECIDED, reason, next_look(claim, 0, ended), measure=measure)
-    decision = _decide(claim, _zero(claim, pair), sides, ended)
+        # Where the runs are, they lack these scores.
+        lacks_scores = measure is None and pair.method.runs
+        decide = f"scripts/score.py RUN --split {split}" if lacks_scores else next_look(claim, 0, ended)
+        return asked(Verdict.UNDECIDED, reason, decide, measure=measure)
+    sides, decision = found.sides, _decide(claim, _zero(claim, pair), found, ended)
     sensitivity, words = _sensitivity(claim, pair, decision, measure, book)
     if sensitivity == "lacking":
-        needed = replace(decision.next, decide="a task or a zero point at which the weakest arm fails")
-        decision = replace(decision, verdict=Verdict.CANNOT_FAIL, next=needed)
+        other = replace(decision.next, decide="a task or a zero point at which the weakest arm fails")
+        decision = replace(decision, verdict=Verdict.CANNOT_FAIL, next=other)
     findings = Findings(
         rows=sides.method.shape[1],
         common_seeds=len(sides.seeds),
@@ -378,18 +371,20 @@ def _weakest_at_look(
     if any(side is not None and name_of(side) == name_of(arm) for side in (pair.method, *peer.groups, pair.floor)):
         raise NotComparable(f"{arm.name} is a side of the comparison itself")
     try:
-        sides = compare_planned(arm, peer, measure, book, floor=pair.floor, planned=plan.seeds).sides
+        found = planned_sides(arm, peer, measure, book, floor=pair.floor, plan=plan)
     except NotComparable as why:
         raise NotComparable(f"{arm.name}: {why}") from why
+    sides = found.sides
     if rule.needs_zero and sides.zero is None:
         raise NotComparable(f"no base was scored beside {arm.name}")
     # Later looks of the weakest arm may not change an answer that stands.
     ended = set.intersection(*_ended(weakest.sides, measure).values())
+    ended &= ended if found.usable is None else found.usable
     reached = [number for number in range(last_look + 1) if set(plan.of_look(number)) <= ended]
     if not reached or len(sides.of(plan.of_look(reached[-1])).seeds) < 2:
         raise NotComparable(f"{arm.name} does not have the seeds of a look")
     seen = sides.of(plan.of_look(reached[-1]))
-    if rule.sees_too_little(seen):
+    if rule.sees_too_little(seen, plan.levels[reached[-1]]):
         raise NotComparable(f"{arm.name}: {ALIKE}")
     return arm.name, reached[-1], seen
 
@@ -411,45 +406,41 @@ def _measure(claim: Claim, method: RunGroup, split: str) -> Measure:
     return Measure(split, metric)
 
 
-def _decide(claim: Claim, zero: str, sides: Sides, ended: Mapping[str, set[int]]) -> _Decision:
+def _decide(claim: Claim, zero: str, found: PlannedSides, ended: Mapping[str, set[int]]) -> _Decision:
     """Take every look of the plan whose seeds have ended, up to the first one that decides.
 
     Args:
         zero: what a gain is measured from, in words.
         ended: group -> its seeds that have ended.
     """
-    plan, rule = claim.plan, claim.rule
+    plan, rule, sides = claim.plan, claim.rule, found.sides
     looks: list[Look] = []
     reason, needs = "", ""
 
-    def undecided(reason: str, needed: _Next) -> _Decision:
+    def undecided(reason: str, needed: Next) -> _Decision:
         return _Decision(tuple(looks), Verdict.UNDECIDED, reason, needed)
 
     if missing := _never_decided(rule, sides):
         reason, needs = missing
-        return undecided(reason, _Next(needs))
-    for number, count in enumerate(plan.looks):
+        return undecided(reason, Next(needs))
+    for number in range(len(plan.looks)):
         declared = plan.of_look(number)
-        if claim.shared_seeds(number):
-            decide = f"a larger seed_offset: with {count} seeds, both sides would have the same runs"
-            return undecided(reason, _Next(decide))
-        if not all(set(declared) <= own for own in ended.values()):
-            if number == 0:
+        if needed := before_look(claim, found, number, ended, looks):
+            if number == 0 and needed.lacking:
                 common = set(declared).intersection(*ended.values())
-                reason = f"before the first look: {len(common)} of {count} seeds"
-            return undecided(reason, _wait_for(claim, sides, number, ended, looks))
+                reason = f"before the first look: {len(common)} of {plan.looks[0]} seeds"
+            return undecided(reason, needed)
         seen = sides.of(declared)
         if len(seen.seeds) < 2:
             reason = f"seeds {number_list(declared)}: fewer than 2 of them finished on both sides"
-        elif rule.sees_too_little(seen):
-            reason = f"seeds {number_list(declared)}: {ALIKE}"
-            needs = f"{rules.FEWEST_ALIKE} or more rows, or clusters"
+        elif rule.sees_too_little(seen, plan.levels[number]):
+            reason, needs = f"seeds {number_list(declared)}: {ALIKE}", "more rows, or clusters"
         else:
             looks.append(_look(claim, zero, seen, number))
             reason, needs = looks[-1].reason, ""
             if looks[-1].verdict != Verdict.UNDECIDED:
-                return _Decision(tuple(looks), looks[-1].verdict, reason, _Next(looks[-1].decide))
-    return undecided(reason, _Next(needs or "no planned look is left; a new plan with new seeds"))
+                return _Decision(tuple(looks), looks[-1].verdict, reason, Next(looks[-1].decide))
+    return undecided(reason, Next(needs or "no planned look is left; a new plan with new seeds"))
 
 
 def _never_decided(rule: Rule, sides: Sides) -> tuple[str, str] | None:
@@ -509,39 +500,6 @@ def _share(rule: Rule, seen: Sides, level: float) -> GainShare | None:
     if seen.method.shape[1] > 1:
         found = intervals.over_examples(seen.method, seen.comparator, seen.clusters)
     return GainShare(gain, Interval(1 + found.value / gain, 1 + found.low / gain, 1 + found.high / gain))
-
-
-def _wait_for(claim: Claim, sides: Sides, number: int, ended: Mapping[str, set[int]], looks: Sequence[Look]) -> _Next:
-    """What the look with this number still needs, and how likely it or a later one decides, by the last one's seeds."""
-    plan, decide = claim.plan, next_look(claim, number, ended)
-    lacking = {name: seeds for name, own in ended.items() if (seeds := set(plan.of_look(number)) - own)}
-    # A prediction is from all seeds of a look, so none may have diverged.
-    if not looks or looks[-1].seeds < plan.looks[looks[-1].number]:
-        return _Next(decide, None, lacking)
-    last = looks[-1].number
-    chance = rules.chance_of_decision(claim.rule, sides.of(plan.of_look(last)), plan, last)
-    if chance < rules.FUTILE:
-        return _Next(f"no planned look is likely to change it (chance {100 * chance:.0f} %)", chance)
-    return _Next(f"{decide}; a later look decides with a chance of {100 * chance:.0f} %", chance, lacking)
-
-
-def next_look(claim: Claim, number: int, ended: Mapping[str, set[int]]) -> str:
-    """The look with this number in words, and the seeds that it still needs; empty if it has all of them.
-
-    Args:
-        ended: group -> its seeds that have ended; empty if no group is known.
-    """
-    declared = claim.plan.of_look(number)
-    seeds = {name: number_list(set(declared) - own) for name, own in ended.items()} or {"": number_list(declared)}
-    missing = [f"seeds {lacking} of {name}" for name, lacking in seeds.items() if lacking]
-    if not missing:
-        return ""
-    if len(set(seeds.values())) == 1:
-        missing = [f"seeds {next(iter(seeds.values()))} {'on both sides' if len(seeds) <= 2 else 'of every arm'}"]
-    words = f"the look at {claim.plan.looks[number]} seeds: needs {', '.join(missing)}"
-    offsets = {"method": claim.method.seed_offset, "comparator": claim.comparator.seed_offset}
-    later = [f"those of the {name} are counted from {offset}" for name, offset in offsets.items() if offset]
-    return f"{words} ({'; '.join(later)})" if later else words
 
 
 def test_of(answer: Answer) -> tuple[object, ...]:

@@ -22,7 +22,7 @@ import numpy as np
 from tiedlora.analysis import intervals
 from tiedlora.analysis.groups import Peer, RunGroup
 from tiedlora.analysis.intervals import Array, Clusters
-from tiedlora.analysis.rules import Sides
+from tiedlora.analysis.rules import Plan, Sides
 from tiedlora.analysis.runs import Measure, NotComparable, Run, Scorebook
 from tiedlora.records.interval import Interval
 from tiedlora.records.loss_metrics import is_loss
@@ -192,27 +192,42 @@ def compare(
     return Comparison(method, comparator, floor, match(arms, measure, book, among))
 
 
-def compare_planned(
-    method: RunGroup,
-    comparator: Peer,
-    measure: Measure,
-    book: Scorebook,
-    *,
-    floor: RunGroup | None,
-    planned: Sequence[int],
-) -> Comparison:
-    """As `compare`. Where a seed beside those of a plan cannot be compared, only the plan's seeds are taken.
+@dataclass(frozen=True, eq=False)
+class PlannedSides:
+    """What a claim's rule compares, and which seeds can be taken."""
+
+    sides: Sides
+    usable: frozenset[int] | None = None
+    """Those among which `sides` has the seeds that all arms have; None allows all."""
+    problem: str = ""
+    """Why no other seed can be taken."""
+
+
+def planned_sides(
+    method: RunGroup, comparator: Peer, measure: Measure, book: Scorebook, *, floor: RunGroup | None, plan: Plan
+) -> PlannedSides:
+    """The sides of `compare`. Where a seed cannot be compared, those of the last look that can be are taken.
+
+    So a verdict stands, whatever happens to a later seed.
 
     Raises:
-        NotComparable: as `match`, of the plan's seeds.
+        NotComparable: as `match`, of the first look's seeds.
     """
     try:
-        comparison = compare(method, comparator, measure, book, floor=floor)
         # Read here, because one seed's damaged rows refuse all of them.
-        _ = comparison.sides
-    except NotComparable:
-        return compare(method, comparator, measure, book, floor=floor, among=planned)
-    return comparison
+        return PlannedSides(compare(method, comparator, measure, book, floor=floor).sides)
+    except NotComparable as why:
+        problem = str(why)
+    for number in reversed(range(len(plan.looks))):
+        usable = frozenset(plan.of_look(number))
+        try:
+            sides = compare(method, comparator, measure, book, floor=floor, among=usable).sides
+        except NotComparable:
+            if number == 0:
+                raise
+        else:
+            return PlannedSides(sides, usable, problem)
+    raise AssertionError("a plan has a look")
 
 
 def _scores(run: Run, measure: Measure) -> list[ScoreRecord]:

@@ -376,19 +376,38 @@ def level_above(values: Array, clusters: Clusters | None = None) -> float:
     """The smallest two-sided level at which the interval over seeds and rows is above 0; 1.0 if its mean is not.
 
     Args:
-        values: (seeds, rows), with at least two of each. A table above 0 without any variance has 0.0.
+        values: (seeds, rows), with at least two of each. Where all rows have the same mean over seeds, the level is at
+            least that of `level_of_alike`.
     """
     squares = mean_squares(values, clusters)
     if squares.mean <= 0:
         return 1.0
+    least = 0.0
+    if are_alike(values):
+        least = level_of_alike(float(squares.mean), values.shape[-1] if clusters is None else len(clusters.sizes))
 
     def excess(log_level: float) -> float:
         return float(squares.half_width(math.exp(log_level)) - squares.mean)
 
     smallest = math.log(SMALLEST_LEVEL)
     if excess(smallest) < 0:
-        return 0.0
-    return math.exp(scipy.optimize.brentq(excess, smallest, 0.0, xtol=1e-10))
+        return least
+    return max(least, math.exp(scipy.optimize.brentq(excess, smallest, 0.0, xtol=1e-10)))
+
+
+def are_alike(values: Array) -> bool:
+    """Whether all rows of (seeds, rows) have the same mean over the seeds, so that rows add nothing to an interval."""
+    return bool(np.ptp(values.mean(-2)) == 0)
+
+
+def level_of_alike(mean: float, rows: int) -> float:
+    """The two-sided level at which `rows` values that are all `mean` (above 0) show an expectation above 0.
+
+    Otherwise a value of `mean` or more has a chance of at most 1 / (1 + mean), if values are from -1 (Markov's
+    inequality), and all rows have it by chance. Contrasts of scores from 0 to 1 are from -1, or with a margin from
+    slightly less, which changes the chance by the margin's square.
+    """
+    return min(1.0, 2 * (1 + mean) ** -rows)
 
 
 # How sure a paired difference is, and what its rows can show.

@@ -93,12 +93,12 @@ def rankings(rows: Sequence[ResultRow], answers: Sequence[Answer], book: Scorebo
 def is_at_equal_size(answer: Answer) -> bool:
     """Whether an answer says if an arm is better than LoRA of about its size, or than LoRA's curve at its size."""
     pair = answer.pair
-    # Without a measure, a side may have no runs.
+    # A side may have no runs: none by the measure, or none with the seeds that its offset asks for.
     return (
         isinstance(pair, Pair)
         and answer.measure is not None
         and answer.claim.rule.margin == 0
-        and all(group.arm.family == BASELINE for group in pair.comparator.groups)
+        and all(group.runs and group.arm.family == BASELINE for group in pair.comparator.groups)
         and is_near(pair.comparator.params, pair.method.params)
     )
 

@@ -25,10 +25,6 @@ from tiedlora.records.interval import LEVEL, Interval
 TOTAL = 0.05
 """The chance of a wrong verdict in a whole plan, at most."""
 LOOKS = (3, 5, 8, 12)
-FEWEST_ALIKE = 60
-"""The fewest rows (or clusters) of a look at which a contrast is the same in all rows, so that its interval has no
-width. At the boundary of `retains` 0.9, 60 rows are alike with a chance of 0.9^60 = 0.18 % or less, if scores are from
-0 to 1, which is the level of the first look of the default plan."""
 MOST_SEEDS = 1000
 """The most seeds of a look: each is a run of both sides, and a prediction simulates all of them DRAWS times."""
 DRAWS = 4000
@@ -112,11 +108,12 @@ class Rule:
         """The shares of the comparator's gain (above 0) that the rule asks for: low and high, which may be infinite."""
         return (self.low, self.high) if self.margin is None else (1 + self.margin / gain, math.inf)
 
-    def sees_too_little(self, sides: Sides) -> bool:
+    def sees_too_little(self, sides: Sides, level: float) -> bool:
         """Whether a contrast, or the gain that the rule needs, is the same in all rows, and these are too few."""
         tables = [*self.contrasts(sides), *([sides.gain] if self.needs_zero and sides.gain is not None else [])]
         rows = sides.method.shape[-1] if sides.clusters is None else len(sides.clusters.sizes)
-        return rows < FEWEST_ALIKE and any(np.ptp(table.mean(-2)) == 0 for table in tables)
+        means = [abs(float(table.mean())) for table in tables if intervals.are_alike(table)]
+        return any(mean > 0 and intervals.level_of_alike(mean, rows) > level for mean in means)
 
     def contrast(self, sides: Sides) -> Array:
         """The contrast that a report shows: the one with the smallest mean. (Only `level_within` has more than one.)"""
