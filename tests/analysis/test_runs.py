@@ -44,6 +44,13 @@ def test_of_a_run_and_its_copy_the_one_with_more_scores_counts(tmp_path):
         assert left_out.reason == f"the same run as {there}"
 
 
+def test_scores_that_only_the_copy_has_are_named(tmp_path):
+    one, two = scored_run(tmp_path / "one", GOOD, BASE), scored_run(tmp_path / "two", GOOD, BASE, split="test")
+    _, (left_out,) = read_runs([tmp_path / "one", tmp_path / "two"])
+    unused = "answers of test, answers of test by the base"
+    assert (left_out.path, left_out.reason) == (two, f"the same run as {one}; its scores are not used: {unused}")
+
+
 def test_a_run_under_an_earlier_name_is_no_second_seed(tmp_path):
     """The id begins with the name of an option, which may have been renamed since."""
     write_run(tmp_path, make_record())

@@ -67,6 +67,24 @@ def test_a_claim_without_one_of_its_sides_does_not_hide_the_ranking_and_says_whi
     assert any("1: no finished run of LoRA r=8 in the same setting" in line for line in lines)
 
 
+def test_arms_that_no_claim_compares_are_counted_and_all_ranks_them(tmp_path):
+    world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.62, "TA": 0.2}, seeds=3, rows=40)
+    found = report_of_claim(tmp_path)
+    assert any("1 adapter that no claim compares (--all)" in line for line in said(found))
+    assert not any("TA r 8" in line for line in said(found))
+    assert any("TA r 8" in line for line in said(found, everything=True))
+
+
+def test_several_models_are_named_in_each_row_and_title_and_one_run_has_its_score(tmp_path):
+    scored_run(tmp_path / "runs", GOOD, name="TAB")
+    (title,) = [line for line in said(write.build([tmp_path / "runs"])) if "ranked" in line]
+    assert title.startswith("chain_sum, ")
+    world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.62}, seeds=3, rows=40, model="org/other")
+    lines = said(report_of_claim(tmp_path))
+    assert any(line.startswith("tiny, chain_sum, ") for line in lines)
+    assert any("other" in line and "TABuv r 8" in line for line in lines)
+
+
 def test_a_difference_has_the_level_and_the_seeds_of_its_verdict(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, seeds=4)
     report = report_of_claim(tmp_path, rule="better_by: 0")

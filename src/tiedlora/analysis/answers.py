@@ -268,8 +268,8 @@ def _answer(claim: Claim, pair: Pair | Unpaired, split: str, book: Scorebook) ->
     doubtful = doubtful_rates(claim.rule, pair, measure, sides)
     notes = _notes(claim, pair, decision, measure, sides, on_sensitivity=words)
     reason = "; ".join([*notes, *map(str, doubtful)])
-    needed = decision.next
-    return asked(decision.verdict, reason, needed.decide, needed.chance, needed.lacking, measure, findings, doubtful)
+    wanted = decision.next
+    return asked(decision.verdict, reason, wanted.decide, wanted.chance, wanted.lacking, measure, findings, doubtful)
 
 
 def _over(pair: Pair) -> str:
@@ -303,7 +303,7 @@ def _notes(
     if searched and (given := [name for name in efforts if name not in searched]):
         yield f"the rate of {', '.join(given)} was given, not searched in these folders"
     if len(set(searched.values())) > 1:
-        yield f"unequal search: {' against '.join(f'{count} rates of {name}' for name, count in searched.items())}"
+        yield f"rates tried: {', '.join(f'{count} of {name}' for name, count in searched.items())}"
     for group in pair.sides:
         may_change, seeds = len(group.rates) > 1 and not group.has_recorded_rate, {trial.seed for trial in group.trials}
         if decision.looks and may_change and seeds & _later_seeds(claim, decision.looks[-1].number):

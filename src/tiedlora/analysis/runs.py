@@ -185,9 +185,12 @@ def read_runs(roots: Iterable[Path]) -> tuple[list[Run], list[LeftOut]]:
         first = runs.setdefault(digest, run)
         if first is not run:
             # Of a run and its copy, one may lack scores that the other has.
-            kept, other = (run, first) if len(run.scores.adapted) > len(first.scores.adapted) else (first, run)
+            files, of_first = _score_files(run), _score_files(first)
+            kept, other = (run, first) if len(files) > len(of_first) else (first, run)
             runs[digest] = kept
-            left_out.append(LeftOut(other.path, f"the same run as {kept.path}"))
+            unused = sorted(files - of_first if kept is first else of_first - files)
+            reason = f"; its scores are not used: {', '.join(unused)}" if unused else ""
+            left_out.append(LeftOut(other.path, f"the same run as {kept.path}{reason}"))
     return list(runs.values()), left_out
 
 
@@ -206,6 +209,12 @@ class Names:
         self.configurations.update((arm.configuration, arm.name))
         self.metrics.setdefault(task, set()).update(metrics)
         self.keys.update(leaves(identity))
+
+
+def _score_files(run: Run) -> set[str]:
+    """What is scored of a run, in words, such as `answers of test` and `answers of test by the base`."""
+    adapted = {f"{kind} of {split}" for split, kind in run.scores.adapted}
+    return adapted | {f"{kind} of {split} by the base" for split, kind in run.scores.base}
 
 
 def names_of(runs: Iterable[Run]) -> Names:

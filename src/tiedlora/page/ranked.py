@@ -188,18 +188,21 @@ IN_SHORT = ("adapter", "size", "score", "minus the best", "minus LoRA")
 """The columns of a narrow terminal. The title has the task and the metric."""
 
 
-def parts(ranking: Sequence[RankedArm], most: int | None) -> Iterator[RenderableType]:
+def parts(ranking: Sequence[RankedArm], most: int | None, has_models: bool) -> Iterator[RenderableType]:
     """The ranking of one task for a terminal.
 
     Args:
         most: the most arms that are shown, the best ones; None shows all.
+        has_models: whether the report has several base models, so that the title names this one.
     """
     first, arms = ranking[0], ranking[:most]
     group, unit = first.group, first.measure.unit
     seeds = sorted({len(arm.row.seeds) for arm in ranking})
     over = counted(seeds[-1], "seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
-    title = f"{group.task_in_words}, {first.measure.metric} on {first.measure.split} ({unit.words}), {over}: ranked"
-    yield Text(f"{visible(title)}, no verdict (no claim is about these adapters)", style="bold")
+    task = f"{group.model}, {group.task_in_words}" if has_models else group.task_in_words
+    title = f"{task}, {first.measure.metric} on {first.measure.split} ({unit.words}), {over}: ranked"
+    without = "" if any(arm.answers for arm in ranking) else ", no verdict (no claim compares these adapters)"
+    yield Text(f"{visible(title)}{without}", style="bold")
     yield FirstThatFits(*(_drawn(arms, heads, in_short) for heads, in_short in ((HEADS, False), (IN_SHORT, True))))
     if more := len(ranking) - len(arms):
         yield Text(f"{counted(more, 'more adapter')}: --all shows them", style="dim")

@@ -53,10 +53,11 @@ TITLE = 3
 def parts(report: Report, out: Path, *, everything: bool = False) -> Iterator[RenderableType]:
     """What the command prints, part by part."""
     yield Text(visible(f"{report.headline()}."), style="bold")
-    yield from _found(_compared(report, everything=everything), None if everything else MOST_ROWS)
-    rankings = _without_claims(report)
+    has_models = len({group.model for group in report.groups}) > 1
+    yield from _found(_compared(report, everything=everything), None if everything else MOST_ROWS, has_models)
+    rankings = report.rankings if everything else _without_claims(report)
     for ranking in rankings:
-        yield from ranked.parts(ranking, None if everything else MOST_ROWS // len(rankings))
+        yield from ranked.parts(ranking, None if everything else MOST_ROWS // len(rankings), has_models)
     yield from _undecided(report.answers)
     if everything:
         yield from _reasons(report)
@@ -67,11 +68,10 @@ def parts(report: Report, out: Path, *, everything: bool = False) -> Iterator[Re
 
 
 def _without_claims(report: Report) -> list[list[RankedArm]]:
-    """The rankings of tasks with several arms and no claim about them."""
+    """The rankings of tasks without a claim."""
     # Without a pair, a claim has no numbers to show.
     asked = {(answer.model, answer.task) for answer in report.answers if isinstance(answer.pair, Pair)}
-    several = (ranking for ranking in report.rankings if len(ranking) > 1)
-    return [own for own in several if (own[0].group.model, own[0].group.task_in_words) not in asked]
+    return [own for own in report.rankings if (own[0].group.model, own[0].group.task_in_words) not in asked]
 
 
 # --- What was found: a row for each pair of arms that claims compare by one metric.
@@ -176,13 +176,19 @@ def pair_of(answer: Answer) -> Pair:
     return answer.pair
 
 
-def _found(all_pairs: Sequence[_Compared], most: int | None) -> Iterator[RenderableType]:
+def _found(all_pairs: Sequence[_Compared], most: int | None, has_models: bool) -> Iterator[RenderableType]:
+    """The table of what claims compare.
+
+    Args:
+        most: the most pairs that are shown; None shows all.
+        has_models: whether the report has several base models, so that each row names its own.
+    """
     if not all_pairs:
         return
     # Those of the first claims, task by task.
     pairs = sorted(all_pairs[:most], key=lambda one: (one.answers[0].model, one.answers[0].task, one.measure.metric))
     whole = [one.cells(in_short=False) for one in pairs]
-    shown = [at for at in range(len(HEADS)) if at or len({str(row[0]) for row in whole}) > 1]
+    shown = [at for at in range(len(HEADS)) if at or has_models]
     heads = [HEADS[at] for at in shown]
     short: dict[str, list[list[str | Text]]] = defaultdict(list)
     for one in pairs:
@@ -289,6 +295,7 @@ def _not_shown(report: Report) -> Iterator[RenderableType]:
     counts = {
         ("claim", " not run"): not_run,
         ("answer", " without a finding"): silent,
+        ("adapter", " that no claim compares"): _uncompared(report),
         ("run", " pruned by a search"): pruned,
         ("other folder", ""): len(others) if len(others) > MOST_NAMED else 0,
     }
@@ -296,6 +303,15 @@ def _not_shown(report: Report) -> Iterator[RenderableType]:
         yield Text(f"Not shown: {', '.join(said)} (--all)", style="dim")
     if len(others) <= MOST_NAMED:
         yield from (_of_folder(folder) for folder in others)
+
+
+def _uncompared(report: Report) -> int:
+    """How many ranked arms are in no claim, of the tasks with claims."""
+    pairs = [answer.pair for answer in report.answers if isinstance(answer.pair, Pair)]
+    compared = {(group.setting, group.name) for pair in pairs for group in (pair.method, *pair.comparator.groups)}
+    shown = [arm for ranking in _without_claims(report) for arm in ranking]
+    ranked_arms = {(arm.group.setting, arm.group.name) for ranking in report.rankings for arm in ranking}
+    return len(ranked_arms - compared - {(arm.group.setting, arm.group.name) for arm in shown})
 
 
 def _of_folder(folder: LeftOut) -> Text:

@@ -68,7 +68,8 @@ class Report:
         tasks = sorted({run.task for run in self.runs})
         models = sorted({run.model for run in self.runs})
         return (
-            f"{len(self.runs):,} finished runs in {len(self.groups):,} groups; {', '.join(models) or 'no model'}; "
+            f"{counted(len(self.runs), 'finished run')} in {counted(len(self.groups), 'group')}; "
+            f"{', '.join(models) or 'no model'}; "
             f"{', '.join(tasks) or 'no task'}"
         )
 
@@ -76,7 +77,7 @@ class Report:
         """One line: the headline, which code, and how many folders are left out."""
         commits = sorted({commit for run in self.runs for commit in short_commits(run)})
         code = ", ".join(commits) or "unknown"
-        return f"{self.headline()}; code {code}; {len(self.left_out):,} folders left out."
+        return f"{self.headline()}; code {code}; {counted(len(self.left_out), 'folder')} left out."
 
     def tables(self) -> list[Table]:
         """The report's tables: an overview for each model, and then one of each name."""
