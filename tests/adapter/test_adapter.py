@@ -194,6 +194,33 @@ def test_reentrant_checkpoints_are_refused_where_layers_share_a_product_and_only
     model(input_ids=ids).logits.sum().backward()
 
 
+@pytest.mark.parametrize("between", ["disabled", "no_grad", "inference_mode"])
+@pytest.mark.parametrize("name", ["TABuv", "TAB"])
+def test_a_pass_between_forward_and_backward_changes_no_gradient(ids, name, between):
+    """A checkpoint computes its block again in the backward pass. TRL's DPOTrainer asks the base model before it."""
+    model = tiny("tiny_llama").model.train()
+    attached = attach(model, name, 4)
+    randomise(attached.adapter)
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        if between == "disabled":
+            attached.disable()
+            logits(model, ids)
+            attached.enable()
+        else:
+            with getattr(torch, between)():
+                model(input_ids=ids)
+        loss.backward()
+        found.append({name: part.grad for name, part in attached.adapter.trained_parts().items()})
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    plain, checkpointed = found
+    for part, gradient in plain.items():
+        assert torch.equal(checkpointed[part], gradient), part
+        assert gradient.abs().max() > 0, part
+
+
 @pytest.mark.parametrize(("family", "target", "alpha"), [("llama", "q", 16), ("phi3", "q", 4), ("gpt_neox", "qkv", 4)])
 def test_reentrant_checkpoints_change_no_gradient_without_u_and_v(ids, family, target, alpha):
     model = family_model(family)

@@ -79,7 +79,7 @@ class Attached(Arm):
     """While the hook is there: module path -> the adapted module."""
     _fold_once: bool = False
     _is_folded: bool = False
-    """In `folded_once`: whether the factors are folded already."""
+    """Whether the factors were folded, in `folded_once` since its beginning."""
     _base_weights: dict[str, Tensor] = field(default_factory=dict)
     """While the update is merged: module path -> the weight without the update."""
 
@@ -117,32 +117,43 @@ class Attached(Arm):
         # Every call of the model, with or without its head, goes through the module that owns the layers.
         owner_path = layout_of(self.adapter.architecture).layers.rpartition(".")[0]
         owner: nn.Module = self.model.get_submodule(owner_path)
-        self._fold_hook, self._is_folded = owner.register_forward_pre_hook(self._fold), False
+        self._fold_hook = owner.register_forward_pre_hook(self._before_pass)
+        if self._is_folded:
+            # The backward pass of an earlier forward pass may come before the next one, and compute blocks again.
+            self._fold()
 
-    def _fold(self, called: nn.Module, *_: Any) -> None:
-        """Give every adapted module its factors for the present pass. This is where a layer gets its (A_l, B_l)."""
+    def _before_pass(self, called: nn.Module, *_: Any) -> None:
+        """Refuse a pass whose gradients would be wrong, and fold the factors for it."""
         if getattr(called, "_is_replica", False):
             raise UserError(
                 "nn.DataParallel copies the model without the adapter's factors, so it cannot train one; show the "
                 "program one GPU (CUDA_VISIBLE_DEVICES=0), or start a process for each GPU with torchrun"
             )
         self._refuse_reentrant_checkpoints()
-        if self._fold_once and self._is_folded:
-            return
+        if not (self._fold_once and self._is_folded):
+            self._fold()
+
+    def _fold(self) -> None:
+        """Give every adapted module its factors. This is where a layer gets its (A_l, B_l).
+
+        They always carry gradients, also for a pass without them: a gradient checkpoint of an earlier pass, which
+        computes its block again in the backward pass, must find what that pass has found.
+        """
         self._is_folded = True
         # The dtype of an adapted module's input and output. A quantised weight has another one.
         first = next(iter(self._modules.values()))
         weights = self.model.parameters() if linear.is_quantised(first) else first.parameters()
         dtype = next(weight.dtype for weight in weights if weight.is_floating_point())
-        for path, (A_l, B_l) in self.adapter.pairs(self.adapter.scale, dtype).items():
-            module = self._modules[path]
-            device = linear.execution_device(module)
-            if A_l.is_meta and device.type != "meta":
-                raise UserError(
-                    "the adapter's parts were offloaded to the meta device (accelerate's cpu_offload or disk_offload), "
-                    "so they are lost; offload the model first, then attach the adapter"
-                )
-            module.folded_A, module.folded_B = A_l.to(device), B_l.to(device)
+        with torch.inference_mode(False), torch.enable_grad():
+            for path, (A_l, B_l) in self.adapter.pairs(self.adapter.scale, dtype).items():
+                module = self._modules[path]
+                device = linear.execution_device(module)
+                if A_l.is_meta and device.type != "meta":
+                    raise UserError(
+                        "the adapter's parts were offloaded to the meta device (accelerate's cpu_offload or "
+                        "disk_offload), so they are lost; offload the model first, then attach the adapter"
+                    )
+                module.folded_A, module.folded_B = A_l.to(device), B_l.to(device)
 
     def _refuse_reentrant_checkpoints(self) -> None:
         """Refuse them where a vector scales the factors: the scaled factors of all layers come from one product.
