@@ -9,7 +9,7 @@ from unittest.mock import DEFAULT, Mock
 import pytest
 import torch
 from helpers.families import family_model
-from helpers.tiny import EIGHT, TINY, logits, randomise, tiny, tying_option
+from helpers.tiny import EIGHT, TINY, close, logits, randomise, tiny, tying_option
 from safetensors.torch import load_file
 
 from tiedlora import storage, tying
@@ -98,6 +98,31 @@ class TestEveryConfiguration:
         again = attach_adapter(base.model, loaded)
         assert torch.equal(logits(base.model, ids), adapted)
         assert again.adapter.trained_parts().keys() == attached.adapter.trained_parts().keys()
+
+
+@pytest.mark.parametrize("action", ["merge", "fuse"])
+def test_a_merge_that_fails_halfway_is_undone(ids, monkeypatch, action):
+    base = tiny("tiny_llama")
+    attached = attach(base.model, "TABuv", 4)
+    randomise(attached.adapter)
+    adapted = logits(base.model, ids)
+    weights = {key: value.clone() for key, value in base.model.state_dict().items()}
+    with monkeypatch.context() as patch:
+        clone, memory = torch.Tensor.clone, iter(range(2))
+
+        def limited(tensor):
+            if next(memory, None) is None:
+                raise MemoryError
+            return clone(tensor)
+
+        patch.setattr(torch.Tensor, "clone", limited)
+        with pytest.raises(MemoryError):
+            getattr(attached, action)()
+    assert (attached.active, attached.merged) == (True, False)
+    assert all(torch.equal(value, weights[key]) for key, value in base.model.state_dict().items())
+    assert torch.equal(logits(base.model, ids), adapted)
+    attached.fuse()
+    assert close(logits(base.model, ids), adapted)
 
 
 def test_identity_survives_moves_and_casts():

@@ -257,7 +257,7 @@ class Attached(Arm):
         """Add every update to its weight, in the weight's dtype.
 
         bfloat16 rounds small updates away (the argmax then differs at 1-1.5 % of positions), so scoring merges only
-        in float32. A copy of each weight is kept for `unmerge`.
+        in float32. A copy of each weight is kept for `unmerge`. If memory runs out halfway, nothing is merged.
 
         Raises:
             UserError: a weight is quantised or offloaded, or the adapter has left the model.
@@ -267,16 +267,23 @@ class Attached(Arm):
             return
         if reason := self.cannot_merge():
             raise UserError(f"merge: {reason}")
-        for path, (A_l, B_l) in self.adapter.pairs(self.adapter.scale).items():
-            module = self.model.get_submodule(path)
-            weight: Tensor = module.weight  # type: ignore[assignment]
-            self._base_weights[path] = weight.detach().clone()
-            update = B_l @ A_l
-            weight += (update.T if isinstance(module, Conv1D) else update).to(weight)
+        try:
+            for path, (A_l, B_l) in self.adapter.pairs(self.adapter.scale).items():
+                module = self.model.get_submodule(path)
+                weight: Tensor = module.weight  # type: ignore[assignment]
+                self._base_weights[path] = weight.detach().clone()
+                update = B_l @ A_l
+                weight += (update.T if isinstance(module, Conv1D) else update).to(weight)
+        except BaseException:
+            # The modules go on adding the update, so no weight may have it too.
+            self._restore_weights()
+            raise
         self._stop_adding()
 
     def fuse(self) -> None:
         """Merge permanently: the update stays in the weights, no copy is kept, and the adapter leaves the model.
+
+        Until all weights have it there is a copy of each, so that a failure can be undone exactly.
 
         Raises:
             UserError: as `merge`.
@@ -285,15 +292,17 @@ class Attached(Arm):
         self._base_weights.clear()
         del self.model.tied_adapter
 
-    @torch.no_grad()
     def unmerge(self) -> None:
         """Restore the weights bit for bit, from the copies. (Subtracting the update would not restore every number.)"""
-        if not self.merged:
-            return
+        if self.merged:
+            self._restore_weights()
+            self.enable()
+
+    @torch.no_grad()
+    def _restore_weights(self) -> None:
         for path, weight in self._base_weights.items():
             self.model.get_submodule(path).weight.copy_(weight)  # type: ignore[operator]
         self._base_weights.clear()
-        self.enable()
 
 
 def attach(
