@@ -219,6 +219,21 @@ def test_reentrant_checkpoints_are_refused_where_layers_share_a_product_and_only
     model(input_ids=ids).logits.sum().backward()
 
 
+def test_parts_that_another_program_has_cast_are_not_trained(ids):
+    """TRL's trainers cast every trained parameter of a model in 4 or 8 bits like this."""
+    model = tiny("tiny_llama").model
+    attached = attach(model, "TABuv", 4)
+    for part in attached.trained_parts().values():
+        part.data = part.data.to(torch.bfloat16)
+    before = logits(model, ids)
+    with pytest.raises(UserError, match=r"^qkv\.A: is torch\.bfloat16.*attached\.adapter\.float\(\)"):
+        model(input_ids=ids)
+    attached.adapter.float()
+    assert torch.equal(logits(model, ids), before)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert {part.grad.dtype for part in attached.trained_parts().values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("between", ["disabled", "no_grad", "inference_mode"])
 @pytest.mark.parametrize("name", ["TABuv", "TAB"])
 def test_a_pass_between_forward_and_backward_changes_no_gradient(ids, name, between):

@@ -129,7 +129,9 @@ class Attached(Arm):
                 "nn.DataParallel copies the model without the adapter's factors, so it cannot train one; show the "
                 "program one GPU (CUDA_VISIBLE_DEVICES=0), or start a process for each GPU with torchrun"
             )
-        self._refuse_reentrant_checkpoints()
+        if torch.is_grad_enabled():
+            self._refuse_narrow_parts()
+            self._refuse_reentrant_checkpoints()
         if not (self._fold_once and self._is_folded):
             self._fold()
 
@@ -155,13 +157,25 @@ class Attached(Arm):
                     )
                 module.folded_A, module.folded_B = A_l.to(device), B_l.to(device)
 
+    def _refuse_narrow_parts(self) -> None:
+        """Refuse to train parts that another program has cast. `TiedAdapter` itself keeps float32 when a model is cast.
+
+        TRL's trainers set `parameter.data` of a model in 4 or 8 bits. Near u = 1, bfloat16 has steps of 1/128.
+        """
+        for name, part in self.adapter.trained_parts().items():
+            if part.dtype.itemsize < 4:
+                raise UserError(
+                    f"{name}: is {part.dtype}, which would round its steps away; after the trainer is made, call "
+                    "trainer.model.base_model.attached.adapter.float() (without PEFT: attached.adapter.float())"
+                )
+
     def _refuse_reentrant_checkpoints(self) -> None:
         """Refuse them where a vector scales the factors: the scaled factors of all layers come from one product.
 
         Each reentrant checkpoint runs a backward pass of its own, and the first of these passes frees that product.
         """
         layer: Any = self.model.get_submodule(layout_of(self.adapter.architecture).layers)[0]  # type: ignore[index]
-        if not (torch.is_grad_enabled() and layer.training and getattr(layer, "gradient_checkpointing", False)):
+        if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
             return
         # True is the default of torch.
         keywords = getattr(layer._gradient_checkpointing_func, "keywords", {"use_reentrant": False})
