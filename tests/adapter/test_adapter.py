@@ -142,6 +142,21 @@ def test_identity_survives_moves_and_casts():
     assert not torch.equal(logits(twin, ids), logits(base.model, ids)), "a copy must use its own parts"
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_a_model_with_an_adapter_can_be_saved_whole(name, ids, tmp_path):
+    """torch.save, and what sends a model to another process, pickle it."""
+    model = tiny(name).model
+    attached = attach(model, "TABuv", 4)
+    randomise(attached.adapter)
+    adapted = logits(model, ids)
+    torch.save(model, tmp_path / "model.pt")
+    copied = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(copied, ids), adapted)
+    randomise(copied.tied_adapter, seed=2)
+    assert not torch.equal(logits(copied, ids), adapted), "it uses its own parts"
+    assert torch.equal(logits(model, ids), adapted)
+
+
 def test_dropout_acts_in_training_alone(ids):
     base = tiny("tiny_llama")
     attached = attach(base.model, tying_option("TABuv", "tying.dropout=0.5"), 4)

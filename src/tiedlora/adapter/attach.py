@@ -56,11 +56,21 @@ class Adapted(nn.Module):
         # torch refuses to copy a tensor that is part of a graph. A copy of the model folds its own factors.
         return {key: value for key, value in self.__dict__.items() if key not in ("folded_A", "folded_B")}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # pickle looks a class up by its name, and that of an adapted module is made while the program runs.
+        return _new_adapted, (type(self).__bases__[1],), self.__getstate__()
+
 
 @cache
 def adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a module class that adds the update. There is one per class, so layers share compiled code."""
     return type(f"Adapted{kind.__name__}", (Adapted, kind), {})
+
+
+def _new_adapted(kind: type[nn.Module]) -> nn.Module:
+    """An adapted module without its state, for copies and pickle."""
+    adapted = adapted_class(kind)  # type: ignore[arg-type]
+    return adapted.__new__(adapted)
 
 
 @dataclass
