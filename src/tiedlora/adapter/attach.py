@@ -89,7 +89,9 @@ class Attached(Arm):
     """While the hook is there: module path -> the adapted module."""
     _fold_once: bool = False
     _is_folded: bool = False
-    """Whether the factors were folded, in `folded_once` since its beginning."""
+    """In `folded_once`: whether the factors are folded already."""
+    _had_gradients: bool = False
+    """Whether there was a pass with gradients. Its backward pass may come at any time, and compute blocks again."""
     _base_weights: dict[str, Tensor] = field(default_factory=dict)
     """While the update is merged: module path -> the weight without the update."""
 
@@ -127,9 +129,8 @@ class Attached(Arm):
         # Every call of the model, with or without its head, goes through the module that owns the layers.
         owner_path = layout_of(self.adapter.architecture).layers.rpartition(".")[0]
         owner: nn.Module = self.model.get_submodule(owner_path)
-        self._fold_hook = owner.register_forward_pre_hook(self._before_pass)
-        if self._is_folded:
-            # The backward pass of an earlier forward pass may come before the next one, and compute blocks again.
+        self._fold_hook, self._is_folded = owner.register_forward_pre_hook(self._before_pass), False
+        if self._had_gradients:
             self._fold()
 
     def _before_pass(self, called: nn.Module, *_: Any) -> None:
@@ -140,6 +141,7 @@ class Attached(Arm):
                 "program one GPU (CUDA_VISIBLE_DEVICES=0), or start a process for each GPU with torchrun"
             )
         if torch.is_grad_enabled():
+            self._had_gradients = True
             self._refuse_narrow_parts()
             self._refuse_reentrant_checkpoints()
         if not (self._fold_once and self._is_folded):
@@ -148,15 +150,15 @@ class Attached(Arm):
     def _fold(self) -> None:
         """Give every adapted module its factors. This is where a layer gets its (A_l, B_l).
 
-        They always carry gradients, also for a pass without them: a gradient checkpoint of an earlier pass, which
-        computes its block again in the backward pass, must find what that pass has found.
+        After a pass with gradients they carry gradients, also for passes without. A gradient checkpoint computes its
+        block again in the backward pass, and must find what the forward pass found, whatever passes were in between.
         """
         self._is_folded = True
         # The dtype of an adapted module's input and output. A quantised weight has another one.
         first = next(iter(self._modules.values()))
         weights = self.model.parameters() if linear.is_quantised(first) else first.parameters()
         dtype = next(weight.dtype for weight in weights if weight.is_floating_point())
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.set_grad_enabled(self._had_gradients):
             for path, (A_l, B_l) in self.adapter.pairs(self.adapter.scale, dtype).items():
                 module = self._modules[path]
                 device = linear.execution_device(module)
