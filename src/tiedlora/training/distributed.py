@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +29,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from tiedlora.errors import UserError
 
 T = TypeVar("T")
+
+LONGEST_WAIT = timedelta(days=7)
+"""How long a process waits for the others in one message. torch's own limit of 10 or 30 minutes would end a run whose
+first process waits for a lock, because another job scores the same base model. A process that has died is noticed
+without it: torchrun then ends the others."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,7 @@ def join_world(device: str) -> Iterator[World]:
         torch.accelerator.set_device_index(world.local_index)
         # Gradients are summed where they are. Counts and votes stay on the CPU, so no step waits for its GPU.
         backend = f"cpu:gloo,{device}:{dist.get_default_backend_for_device(device)}"
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, timeout=LONGEST_WAIT)
     try:
         yield world
     finally:
