@@ -384,9 +384,10 @@ class Training:
         world, arm, parts = self.loaded.world, self.loaded.arm, self.loaded.parts
         if world.is_first:
             arm.load_values(self._best_folder(self.state.best_step()))
-        best = {name: part.data.cpu() for name, part in parts.items()} if world.is_first else {}
-        for name, values in world.gather(best)[0].items():
-            parts[name].data.copy_(values)
+        # Loading changes buffers too. Only the first process knows which ones.
+        changed = world.gather(list(arm.changed_buffers()))[0]
+        buffers = arm.buffers()
+        world.broadcast([*parts.values(), *(buffers[name] for name in changed)])
 
     def _save_checkpoint(self, state: TrainState) -> None:
         loaded = self.loaded

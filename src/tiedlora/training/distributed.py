@@ -14,7 +14,7 @@ blocks.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -87,6 +87,20 @@ class World:
         if self.size > 1:
             dist.all_gather_object(shares, share)
         return shares
+
+    @torch.no_grad()
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Give each tensor the values that it has in the first process, where it is. Only one is there twice at a time.
+
+        Args:
+            tensors: the same ones, in the same order, in every process.
+        """
+        if self.size == 1:
+            return
+        for tensor in tensors:
+            values = tensor.contiguous()
+            dist.broadcast(values, src=0)
+            tensor.copy_(values)
 
     def leave(self) -> None:
         """End the communication. Every process calls this at the same point, after the last message.
