@@ -180,6 +180,23 @@ def test_sharding_by_others_and_processes_without_a_rank_are_refused(monkeypatch
         pass
 
 
+@pytest.mark.parametrize(
+    ("passed_on", "rank", "warns"),
+    [
+        ("SIGTERM,SIGINT,SIGHUP,SIGQUIT", "0", True),
+        ("SIGTERM,SIGINT,SIGHUP,SIGQUIT", "1", False),
+        (distributed.TORCHRUN_SIGNALS, "0", False),
+    ],
+)
+def test_the_first_process_says_which_signals_torchrun_keeps(monkeypatch, caplog, passed_on, rank, warns):
+    for name, value in (("RUN_ID", "1"), ("SIGNALS_TO_HANDLE", passed_on)):
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("RANK", rank)
+    with distributed.join_world("cpu"):
+        pass
+    assert ("--signals-to-handle" in caplog.text) is warns
+
+
 def test_a_sharded_model_is_refused():
     model = tiny("tiny_llama").model
     # A class with the real one's name, because to import the real one takes seconds.
