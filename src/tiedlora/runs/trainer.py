@@ -266,6 +266,11 @@ class Training:
             slow = products.without_instructions(device, train.dtype)
             if slow:
                 log.info("this CPU has no instructions for bfloat16: products are computed in float32 and rounded")
+            if devices.emulates_bfloat16(device, train.dtype):
+                log.info(
+                    "this GPU has no arithmetic for bfloat16, and emulates it: train.dtype=float32 (another run) may "
+                    "be faster, and train.compile=never helps if compiling fails"
+                )
             worth_it = compiling.decide(wish, device.type, block_weights(architecture), tokens, slow)
             compiled = compiling.compiled(blocks, model.get_input_embeddings()) if worth_it else nullcontext()
             self.bar.now_doing("first step, compiling" if worth_it else "first step")
