@@ -9,7 +9,7 @@ from unittest.mock import DEFAULT, Mock
 import pytest
 import torch
 from helpers.families import family_model
-from helpers.tiny import EIGHT, TINY, logits, randomise, tiny, tying_option
+from helpers.tiny import EIGHT, TINY, close, logits, randomise, tiny, tying_option
 from safetensors.torch import load_file
 
 from tiedlora import storage, tying
@@ -100,6 +100,31 @@ class TestEveryConfiguration:
         assert again.adapter.trained_parts().keys() == attached.adapter.trained_parts().keys()
 
 
+@pytest.mark.parametrize("action", ["merge", "fuse"])
+def test_a_merge_that_fails_halfway_is_undone(ids, monkeypatch, action):
+    base = tiny("tiny_llama")
+    attached = attach(base.model, "TABuv", 4)
+    randomise(attached.adapter)
+    adapted = logits(base.model, ids)
+    weights = {key: value.clone() for key, value in base.model.state_dict().items()}
+    with monkeypatch.context() as patch:
+        clone, memory = torch.Tensor.clone, iter(range(2))
+
+        def limited(tensor):
+            if next(memory, None) is None:
+                raise MemoryError
+            return clone(tensor)
+
+        patch.setattr(torch.Tensor, "clone", limited)
+        with pytest.raises(MemoryError):
+            getattr(attached, action)()
+    assert (attached.active, attached.merged) == (True, False)
+    assert all(torch.equal(value, weights[key]) for key, value in base.model.state_dict().items())
+    assert torch.equal(logits(base.model, ids), adapted)
+    attached.fuse()
+    assert close(logits(base.model, ids), adapted)
+
+
 def test_identity_survives_moves_and_casts():
     base = tiny("tiny_llama", "bfloat16")
     attached = attach(base.model, tying_option("TABuv"), 4)
@@ -115,6 +140,21 @@ def test_identity_survives_moves_and_casts():
     twin = copy.deepcopy(base.model)
     randomise(twin.tied_adapter)
     assert not torch.equal(logits(twin, ids), logits(base.model, ids)), "a copy must use its own parts"
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_model_with_an_adapter_can_be_saved_whole(name, ids, tmp_path):
+    """torch.save, and what sends a model to another process, pickle it."""
+    model = tiny(name).model
+    attached = attach(model, "TABuv", 4)
+    randomise(attached.adapter)
+    adapted = logits(model, ids)
+    torch.save(model, tmp_path / "model.pt")
+    copied = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(copied, ids), adapted)
+    randomise(copied.tied_adapter, seed=2)
+    assert not torch.equal(logits(copied, ids), adapted), "it uses its own parts"
+    assert torch.equal(logits(model, ids), adapted)
 
 
 def test_dropout_acts_in_training_alone(ids):
@@ -192,6 +232,48 @@ def test_reentrant_checkpoints_are_refused_where_layers_share_a_product_and_only
     model.activation_checkpointing_disable()
     model.activation_checkpointing_enable({"use_reentrant": False})
     model(input_ids=ids).logits.sum().backward()
+
+
+def test_parts_that_another_program_has_cast_are_not_trained(ids):
+    """TRL's trainers cast every trained parameter of a model in 4 or 8 bits like this."""
+    model = tiny("tiny_llama").model
+    attached = attach(model, "TABuv", 4)
+    for part in attached.trained_parts().values():
+        part.data = part.data.to(torch.bfloat16)
+    before = logits(model, ids)
+    with pytest.raises(UserError, match=r"^qkv\.A: is torch\.bfloat16.*attached\.adapter\.float\(\)"):
+        model(input_ids=ids)
+    attached.adapter.float()
+    assert torch.equal(logits(model, ids), before)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert {part.grad.dtype for part in attached.trained_parts().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("between", ["disabled", "no_grad", "inference_mode"])
+@pytest.mark.parametrize("name", ["TABuv", "TAB"])
+def test_a_pass_between_forward_and_backward_changes_no_gradient(ids, name, between):
+    """A checkpoint computes its block again in the backward pass. TRL's DPOTrainer asks the base model before it."""
+    model = tiny("tiny_llama").model.train()
+    attached = attach(model, name, 4)
+    randomise(attached.adapter)
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        if between == "disabled":
+            attached.disable()
+            logits(model, ids)
+            attached.enable()
+        else:
+            with getattr(torch, between)():
+                model(input_ids=ids)
+        loss.backward()
+        found.append({name: part.grad for name, part in attached.adapter.trained_parts().items()})
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    plain, checkpointed = found
+    for part, gradient in plain.items():
+        assert torch.equal(checkpointed[part], gradient), part
+        assert gradient.abs().max() > 0, part
 
 
 @pytest.mark.parametrize(("family", "target", "alpha"), [("llama", "q", 16), ("phi3", "q", 4), ("gpt_neox", "qkv", 4)])

@@ -212,3 +212,20 @@ class TestUnknownFamilies:
         model.model.layers[1].self_attn.k_proj = torch.nn.Linear(64, 32).to(torch.float8_e4m3fn)
         with pytest.raises(UserError, match=r"layers.1.self_attn.k_proj is a Linear, not a plain linear"):
             attach(model, "TABuv")
+        # Packed weights of some quantisers are buffers with other names.
+        del model.model.layers[1].self_attn.k_proj.weight
+        for layout in (None, Layout("model.layers", {"qkv": ["q"]})):
+            with pytest.raises(UserError, match=r"k_proj is a Linear, not a plain linear|its candidates are"):
+                attach(model, "TABuv", layout=layout)
+
+    def test_a_weight_that_only_looks_like_floats_is_named(self):
+        """torchao and quanto keep 4 or 8 bits in classes of their own."""
+
+        class Packed(torch.Tensor):
+            pass
+
+        model = family_model("llama")
+        module = model.model.layers[1].self_attn.k_proj
+        module.weight = torch.nn.Parameter(module.weight.detach().as_subclass(Packed), requires_grad=False)
+        with pytest.raises(UserError, match=r"layers.1.self_attn.k_proj is a Linear, not a plain linear"):
+            attach(model, "TABuv")

@@ -26,6 +26,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiedlora
+from tiedlora.adapter import linear
 
 NAME = "second"
 CPU = torch.device("cpu")
@@ -220,6 +221,7 @@ def second_device() -> Iterator[SecondDevice]:
             (torch, "as_tensor", _made_on_the_cpu(torch.as_tensor)),
             (torch.Tensor, "pin_memory", _pinned),
             # torch does not let wrappers be views in inference mode.
+            (linear, "PLAIN_WEIGHTS", (*linear.PLAIN_WEIGHTS, OnDevice.__name__)),
             (torch._C, "_InferenceMode", lambda mode: torch.no_grad() if mode else contextlib.nullcontext()),
         ):
             undone.enter_context(patch.object(owner, name, simulated))

@@ -94,6 +94,23 @@ def test_a_run_without_a_number_of_threads_has_torchs_own_also_after_one_with():
 
 
 @pytest.mark.parametrize(
+    ("kind", "dtype", "supported", "emulates"),
+    [
+        ("cuda", "bfloat16", False, True),
+        ("cuda", "bfloat16", True, False),
+        ("cuda", "float32", False, False),
+        ("cpu", "bfloat16", False, False),
+    ],
+)
+def test_a_gpu_without_bfloat16_is_known(kind, dtype, supported, emulates, monkeypatch):
+    # torch counts emulation as support, unless it is told not to.
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or supported
+    )
+    assert device.emulates_bfloat16(torch.device(kind), dtype) is emulates
+
+
+@pytest.mark.parametrize(
     ("threads", "busy", "says"),
     [
         (2, 1.4, "2 threads on 2 cores, of which others use 1.4: train.threads=1 may be much faster"),

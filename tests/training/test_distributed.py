@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 from helpers.forks import forked_world
 from helpers.tiny import folder_of, losses_of, rows_of, tiny
 from safetensors.torch import load_file
@@ -74,6 +75,50 @@ class TestResume:
             assert "of the 2 processes, one continues from step 0 and another from step 3" in told
 
 
+@pytest.mark.parametrize("method", ["full", "peft/vera"])
+def test_every_process_gets_the_best_weights_and_buffers(tiny_config, monkeypatch, method):
+    config = tiny_config(f"tying={method}", "score.checkpoint=best", "train.validate_every=1", "train.steps=2")
+    load_best = trainer.Training._load_best
+
+    def act(rank):
+        losses = iter(range(100))
+        monkeypatch.setattr(trainer, "mean_loss", lambda _: float(next(losses)))
+
+        def checked(training):
+            loaded = training.loaded
+            for buffer in loaded.arm.buffers().values():
+                buffer.add_(1 + rank)
+            here = {**loaded.parts, **loaded.arm.buffers()}
+            before = {name: tensor.detach().clone() for name, tensor in here.items()}
+            load_best(training)
+            first, second = loaded.world.gather({name: tensor.detach().clone() for name, tensor in here.items()})
+            for name, values in first.items():
+                assert torch.equal(values, second[name]), name
+            changed = {name for name, values in before.items() if not torch.equal(values, here[name])}
+            assert changed >= set(loaded.arm.buffers())
+            assert changed & set(loaded.parts), "the best step was the first, and the last one had other weights"
+
+        monkeypatch.setattr(trainer.Training, "_load_best", checked)
+        run.main(config)
+
+    in_world(act)
+
+
+def test_a_broadcast_gives_every_process_the_tensors_of_the_first_one():
+    def act(rank):
+        with distributed.join_world("cpu") as world:
+            numbers = torch.arange(6).reshape(2, 3) + 10 * rank
+            tensors = [numbers.float(), numbers.float().T, numbers.bfloat16(), numbers, numbers > 3]
+            tensors.append(torch.nn.Parameter(numbers.double()))
+            world.broadcast(tensors)
+            expected = torch.arange(6).reshape(2, 3)
+            for tensor in (tensors[0], tensors[1].T, *tensors[2:4], tensors[5]):
+                assert torch.equal(tensor.double(), expected.double())
+            assert torch.equal(tensors[4], expected > 3)
+
+    in_world(act)
+
+
 def test_every_process_validates_and_scores_its_share(tiny_config, tmp_path, monkeypatch):
     # Three batches for two processes.
     config = tiny_config("score.batch_size=5", "train.steps=2")
@@ -133,6 +178,23 @@ def test_sharding_by_others_and_processes_without_a_rank_are_refused(monkeypatch
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=rf"{name}.*: .*torchrun"), distributed.join_world("cpu"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("passed_on", "rank", "warns"),
+    [
+        ("SIGTERM,SIGINT,SIGHUP,SIGQUIT", "0", True),
+        ("SIGTERM,SIGINT,SIGHUP,SIGQUIT", "1", False),
+        (distributed.TORCHRUN_SIGNALS, "0", False),
+    ],
+)
+def test_the_first_process_says_which_signals_torchrun_keeps(monkeypatch, caplog, passed_on, rank, warns):
+    for name, value in (("RUN_ID", "1"), ("SIGNALS_TO_HANDLE", passed_on)):
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("RANK", rank)
+    with distributed.join_world("cpu"):
+        pass
+    assert ("--signals-to-handle" in caplog.text) is warns
 
 
 def test_a_sharded_model_is_refused():

@@ -17,7 +17,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -28,7 +27,6 @@ from tiedlora.families import CANDIDATES_SHOWN, FAMILIES, by_hand, layout_of, un
 from tiedlora.tying import Architecture, Layout, Tying, adapted_layers, target_shape
 
 _QKV = ("q", "k", "v")
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FUSED_BLOCKS = {"q": _QKV, "k": _QKV, "v": _QKV, "gate": ("gate", "up"), "up": ("gate", "up")}
 """Target -> the blocks of the fused module that contains it, in order."""
 
@@ -209,10 +207,10 @@ def _check_module(model: nn.Module, path: str, target: str, shape: tuple[int, in
         names = ", ".join(candidates(model)[:CANDIDATES_SHOWN])
         known = f"its candidates are {names}" if names else "it has no linear layers"
         raise UserError(f"attach: the model has no module {path}, where '{target}' should be; {known}") from None
-    # bitsandbytes replaces a Conv1D by a linear layer. Weights in 8-bit floats cannot be multiplied as they are.
+    # bitsandbytes replaces a Conv1D by a linear layer.
     is_quantised = linear.is_quantised(module)
     is_linear = isinstance(module, Conv1D if transposed and not is_quantised else nn.Linear)
-    if not is_linear or not (is_quantised or module.weight.dtype in FLOATS):
+    if not is_linear or not (is_quantised or linear.is_plain(module)):
         raise UserError(
             f"attach: {path} is a {type(module).__name__}, not a plain linear layer; "
             "load the model unquantised or with model.quantization, or correct its layout"
@@ -229,7 +227,7 @@ def candidates(model: nn.Module) -> list[str]:
     """The linear modules in layers, such as `layers.*.self_attn.q_proj (64 x 64)`; those of images and sound last."""
     described: dict[str, str] = {}
     for path, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)):
+        if isinstance(module, (nn.Linear, Conv1D)) and hasattr(module, "weight"):
             pattern = re.sub(r"\.\d+\.", ".*.", path, count=1)
             if pattern != path:
                 described.setdefault(pattern, f"{pattern} ({' x '.join(map(str, linear.weight_shape(module)))})")

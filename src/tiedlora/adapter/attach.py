@@ -56,11 +56,21 @@ class Adapted(nn.Module):
         # torch refuses to copy a tensor that is part of a graph. A copy of the model folds its own factors.
         return {key: value for key, value in self.__dict__.items() if key not in ("folded_A", "folded_B")}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # pickle looks a class up by its name, and that of an adapted module is made while the program runs.
+        return _new_adapted, (type(self).__bases__[1],), self.__getstate__()
+
 
 @cache
 def adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a module class that adds the update. There is one per class, so layers share compiled code."""
     return type(f"Adapted{kind.__name__}", (Adapted, kind), {})
+
+
+def _new_adapted(kind: type[nn.Module]) -> nn.Module:
+    """An adapted module without its state, for copies and pickle."""
+    adapted = adapted_class(kind)  # type: ignore[arg-type]
+    return adapted.__new__(adapted)
 
 
 @dataclass
@@ -80,6 +90,8 @@ class Attached(Arm):
     _fold_once: bool = False
     _is_folded: bool = False
     """In `folded_once`: whether the factors are folded already."""
+    _had_gradients: bool = False
+    """Whether there was a pass with gradients. Its backward pass may come at any time, and compute blocks again."""
     _base_weights: dict[str, Tensor] = field(default_factory=dict)
     """While the update is merged: module path -> the weight without the update."""
 
@@ -117,32 +129,57 @@ class Attached(Arm):
         # Every call of the model, with or without its head, goes through the module that owns the layers.
         owner_path = layout_of(self.adapter.architecture).layers.rpartition(".")[0]
         owner: nn.Module = self.model.get_submodule(owner_path)
-        self._fold_hook, self._is_folded = owner.register_forward_pre_hook(self._fold), False
+        self._fold_hook, self._is_folded = owner.register_forward_pre_hook(self._before_pass), False
+        if self._had_gradients:
+            self._fold()
 
-    def _fold(self, called: nn.Module, *_: Any) -> None:
-        """Give every adapted module its factors for the present pass. This is where a layer gets its (A_l, B_l)."""
+    def _before_pass(self, called: nn.Module, *_: Any) -> None:
+        """Refuse a pass whose gradients would be wrong, and fold the factors for it."""
         if getattr(called, "_is_replica", False):
             raise UserError(
                 "nn.DataParallel copies the model without the adapter's factors, so it cannot train one; show the "
                 "program one GPU (CUDA_VISIBLE_DEVICES=0), or start a process for each GPU with torchrun"
             )
-        self._refuse_reentrant_checkpoints()
-        if self._fold_once and self._is_folded:
-            return
+        if torch.is_grad_enabled():
+            self._had_gradients = True
+            self._refuse_narrow_parts()
+            self._refuse_reentrant_checkpoints()
+        if not (self._fold_once and self._is_folded):
+            self._fold()
+
+    def _fold(self) -> None:
+        """Give every adapted module its factors. This is where a layer gets its (A_l, B_l).
+
+        After a pass with gradients they carry gradients, also for passes without. A gradient checkpoint computes its
+        block again in the backward pass, and must find what the forward pass found, whatever passes were in between.
+        """
         self._is_folded = True
         # The dtype of an adapted module's input and output. A quantised weight has another one.
         first = next(iter(self._modules.values()))
         weights = self.model.parameters() if linear.is_quantised(first) else first.parameters()
         dtype = next(weight.dtype for weight in weights if weight.is_floating_point())
-        for path, (A_l, B_l) in self.adapter.pairs(self.adapter.scale, dtype).items():
-            module = self._modules[path]
-            device = linear.execution_device(module)
-            if A_l.is_meta and device.type != "meta":
+        with torch.inference_mode(False), torch.set_grad_enabled(self._had_gradients):
+            for path, (A_l, B_l) in self.adapter.pairs(self.adapter.scale, dtype).items():
+                module = self._modules[path]
+                device = linear.execution_device(module)
+                if A_l.is_meta and device.type != "meta":
+                    raise UserError(
+                        "the adapter's parts were offloaded to the meta device (accelerate's cpu_offload or "
+                        "disk_offload), so they are lost; offload the model first, then attach the adapter"
+                    )
+                module.folded_A, module.folded_B = A_l.to(device), B_l.to(device)
+
+    def _refuse_narrow_parts(self) -> None:
+        """Refuse to train parts that another program has cast. `TiedAdapter` itself keeps float32 when a model is cast.
+
+        TRL's trainers set `parameter.data` of a model in 4 or 8 bits. Near u = 1, bfloat16 has steps of 1/128.
+        """
+        for name, part in self.adapter.trained_parts().items():
+            if part.dtype.itemsize < 4:
                 raise UserError(
-                    "the adapter's parts were offloaded to the meta device (accelerate's cpu_offload or disk_offload), "
-                    "so they are lost; offload the model first, then attach the adapter"
+                    f"{name}: is {part.dtype}, which would round its steps away; after the trainer is made, call "
+                    "trainer.model.base_model.attached.adapter.float() (without PEFT: attached.adapter.float())"
                 )
-            module.folded_A, module.folded_B = A_l.to(device), B_l.to(device)
 
     def _refuse_reentrant_checkpoints(self) -> None:
         """Refuse them where a vector scales the factors: the scaled factors of all layers come from one product.
@@ -150,7 +187,7 @@ class Attached(Arm):
         Each reentrant checkpoint runs a backward pass of its own, and the first of these passes frees that product.
         """
         layer: Any = self.model.get_submodule(layout_of(self.adapter.architecture).layers)[0]  # type: ignore[index]
-        if not (torch.is_grad_enabled() and layer.training and getattr(layer, "gradient_checkpointing", False)):
+        if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
             return
         # True is the default of torch.
         keywords = getattr(layer._gradient_checkpointing_func, "keywords", {"use_reentrant": False})
@@ -246,7 +283,7 @@ class Attached(Arm):
         """Add every update to its weight, in the weight's dtype.
 
         bfloat16 rounds small updates away (the argmax then differs at 1-1.5 % of positions), so scoring merges only
-        in float32. A copy of each weight is kept for `unmerge`.
+        in float32. A copy of each weight is kept for `unmerge`. If memory runs out halfway, nothing is merged.
 
         Raises:
             UserError: a weight is quantised or offloaded, or the adapter has left the model.
@@ -256,16 +293,23 @@ class Attached(Arm):
             return
         if reason := self.cannot_merge():
             raise UserError(f"merge: {reason}")
-        for path, (A_l, B_l) in self.adapter.pairs(self.adapter.scale).items():
-            module = self.model.get_submodule(path)
-            weight: Tensor = module.weight  # type: ignore[assignment]
-            self._base_weights[path] = weight.detach().clone()
-            update = B_l @ A_l
-            weight += (update.T if isinstance(module, Conv1D) else update).to(weight)
+        try:
+            for path, (A_l, B_l) in self.adapter.pairs(self.adapter.scale).items():
+                module = self.model.get_submodule(path)
+                weight: Tensor = module.weight  # type: ignore[assignment]
+                self._base_weights[path] = weight.detach().clone()
+                update = B_l @ A_l
+                weight += (update.T if isinstance(module, Conv1D) else update).to(weight)
+        except BaseException:
+            # The modules go on adding the update, so no weight may have it too.
+            self._restore_weights()
+            raise
         self._stop_adding()
 
     def fuse(self) -> None:
         """Merge permanently: the update stays in the weights, no copy is kept, and the adapter leaves the model.
+
+        Until all weights have it there is a copy of each, so that a failure can be undone exactly.
 
         Raises:
             UserError: as `merge`.
@@ -274,15 +318,17 @@ class Attached(Arm):
         self._base_weights.clear()
         del self.model.tied_adapter
 
-    @torch.no_grad()
     def unmerge(self) -> None:
         """Restore the weights bit for bit, from the copies. (Subtracting the update would not restore every number.)"""
-        if not self.merged:
-            return
+        if self.merged:
+            self._restore_weights()
+            self.enable()
+
+    @torch.no_grad()
+    def _restore_weights(self) -> None:
         for path, weight in self._base_weights.items():
             self.model.get_submodule(path).weight.copy_(weight)  # type: ignore[operator]
         self._base_weights.clear()
-        self.enable()
 
 
 def attach(

@@ -15,11 +15,22 @@ from torch import nn
 
 from tiedlora.errors import UserError
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PLAIN_WEIGHTS = ("Parameter", "Tensor", "DTensor")
+"""The classes of weights that hold the numbers of their dtype. Those of torchao and quanto have floats as their dtype
+too, but keep 4 or 8 bits. By name, because DTensor is slow to import."""
+
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether bitsandbytes keeps the module's weight in 4 or 8 bits."""
     # By name, because bitsandbytes is optional.
     return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether the module's weight is of floats that can be multiplied as they are. 8-bit floats cannot."""
+    weight = getattr(module, "weight", None)
+    return type(weight).__name__ in PLAIN_WEIGHTS and weight.dtype in FLOATS  # type: ignore[union-attr]
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:

@@ -111,6 +111,13 @@ def set_up_device(name: str, threads: int | None, local_index: int | None = None
     return device
 
 
+def emulates_bfloat16(device: torch.device, dtype: str) -> bool:
+    """Whether the run computes in bfloat16 on a CUDA GPU without such arithmetic (T4, V100). Never tried on one."""
+    if device.type != "cuda" or dtype != "bfloat16":
+        return False
+    return not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 @contextmanager
 def watched_cores(device: torch.device) -> Iterator[None]:
     """Measure in the block how busy other programs keep this process's cores. Log it if too few are left for threads.

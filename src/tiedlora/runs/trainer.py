@@ -266,6 +266,11 @@ class Training:
             slow = products.without_instructions(device, train.dtype)
             if slow:
                 log.info("this CPU has no instructions for bfloat16: products are computed in float32 and rounded")
+            if devices.emulates_bfloat16(device, train.dtype):
+                log.info(
+                    "this GPU has no arithmetic for bfloat16, and emulates it: train.dtype=float32 (another run) may "
+                    "be faster, and train.compile=never helps if compiling fails"
+                )
             worth_it = compiling.decide(wish, device.type, block_weights(architecture), tokens, slow)
             compiled = compiling.compiled(blocks, model.get_input_embeddings()) if worth_it else nullcontext()
             self.bar.now_doing("first step, compiling" if worth_it else "first step")
@@ -384,9 +389,10 @@ class Training:
         world, arm, parts = self.loaded.world, self.loaded.arm, self.loaded.parts
         if world.is_first:
             arm.load_values(self._best_folder(self.state.best_step()))
-        best = {name: part.data.cpu() for name, part in parts.items()} if world.is_first else {}
-        for name, values in world.gather(best)[0].items():
-            parts[name].data.copy_(values)
+        # Loading changes buffers too. Only the first process knows which ones.
+        changed = world.gather(list(arm.changed_buffers()))[0]
+        buffers = arm.buffers()
+        world.broadcast([*parts.values(), *(buffers[name] for name in changed)])
 
     def _save_checkpoint(self, state: TrainState) -> None:
         loaded = self.loaded

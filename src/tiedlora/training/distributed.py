@@ -13,10 +13,12 @@ blocks.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +29,17 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from tiedlora.errors import UserError
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+LONGEST_WAIT = timedelta(days=1)
+"""How long a process waits for the others in one message, also at the start. torch's own limit of 10 or 30 minutes would
+end a run whose first process waits for a lock, because another job scores the same base model. A process that has died
+is noticed without it: torchrun then ends the others."""
+
+TORCHRUN_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+"""What torchrun should pass on to its processes: what it does by default, and the signals of clusters."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,20 @@ class World:
             dist.all_gather_object(shares, share)
         return shares
 
+    @torch.no_grad()
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Give each tensor the values that it has in the first process, where it is. Only one is there twice at a time.
+
+        Args:
+            tensors: the same ones, in the same order, in every process.
+        """
+        if self.size == 1:
+            return
+        for tensor in tensors:
+            values = tensor.contiguous()
+            dist.broadcast(values, src=0)
+            tensor.copy_(values)
+
     def leave(self) -> None:
         """End the communication. Every process calls this at the same point, after the last message.
 
@@ -112,6 +138,8 @@ def join_world(device: str) -> Iterator[World]:
                 "Start torchrun --nproc-per-node N train.py ..., with train.shard=true for a model larger than one GPU"
             )
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    if os.environ.get("RANK", "0") == "0":
+        _warn_of_lost_signals()
     if size == 1:
         yield ALONE
         return
@@ -128,11 +156,23 @@ def join_world(device: str) -> Iterator[World]:
         torch.accelerator.set_device_index(world.local_index)
         # Gradients are summed where they are. Counts and votes stay on the CPU, so no step waits for its GPU.
         backend = f"cpu:gloo,{device}:{dist.get_default_backend_for_device(device)}"
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, timeout=LONGEST_WAIT)
     try:
         yield world
     finally:
         world.leave()
+
+
+def _warn_of_lost_signals() -> None:
+    """Warn if torchrun would end at SIGUSR1 or SIGUSR2 without a word to its processes, as it does by default."""
+    # torchrun gives its processes this list, whatever it was before.
+    passed_on = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "").split(",")
+    if "TORCHELASTIC_RUN_ID" in os.environ and not {"SIGUSR1", "SIGUSR2"} <= {*passed_on}:
+        log.warning(
+            "torchrun does not pass on SIGUSR1 and SIGUSR2, so they save no checkpoint; for a cluster that sends them, "
+            "start torchrun --signals-to-handle %s",
+            TORCHRUN_SIGNALS,
+        )
 
 
 def shard(model: Any, layers: str, device: torch.device, world: World) -> None:
