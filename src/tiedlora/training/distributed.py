@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LONGEST_WAIT = timedelta(days=1)
-"""How long a process waits for the others in one message, also at the start. torch's own limit of 10 or 30 minutes would
-end a run whose first process waits for a lock, because another job scores the same base model. A process that has died
-is noticed without it: torchrun then ends the others."""
+"""How long a process waits for the others in one message, also at the start. torch's own limit of 10 or 30 minutes
+would end a run whose first process waits for a lock, because another job scores the same base model. A process that has
+died is noticed without it: torchrun then ends the others."""
 
 TORCHRUN_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 """What torchrun should pass on to its processes: what it does by default, and the signals of clusters."""
