@@ -50,7 +50,7 @@ def test_it_takes_every_cell_that_is_free_and_has_not_ended(frozen, monkeypatch)
     time.sleep(0.02)
     fail(failed)
     carried_out = []
-    monkeypatch.setattr(run, "main", carried_out.append)
+    monkeypatch.setattr(run, "main", lambda config, _folder: carried_out.append(config))
     with held(busy.folder):
         work(swept.path, goals(swept))
     assert [config.seed for config in carried_out] == [free.config.seed]
@@ -66,7 +66,7 @@ def test_it_holds_the_lock_from_the_start_to_the_end(frozen, monkeypatch):
     (cell,) = (swept := frozen("seed=0")).cells
     seen = []
 
-    def main(_config):
+    def main(_config, _folder):
         other = threading.Thread(target=lambda: seen.append(cell.state()))
         other.start()
         other.join()
@@ -90,7 +90,7 @@ def test_a_killed_worker_costs_its_cell_one_retry(frozen, monkeypatch, caplog):
     for _ in range(2):
         swept.control.note_start(twice.run_id)
     carried_out = []
-    monkeypatch.setattr(run, "main", carried_out.append)
+    monkeypatch.setattr(run, "main", lambda config, _folder: carried_out.append(config))
     work(swept.path, goals(swept))
     assert [config.seed for config in carried_out] == [0]
     assert caplog.text.count("once more, because its worker was killed") == 1
@@ -104,7 +104,7 @@ def test_a_killed_worker_costs_its_cell_one_retry(frozen, monkeypatch, caplog):
 
 
 def test_a_failure_that_cannot_be_written_ends_the_sweep(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "main", lambda _config: 1 / 0)
+    monkeypatch.setattr(run, "main", lambda *_: 1 / 0)
     monkeypatch.setattr(storage, "write_bytes", lambda *_: os.stat("/no/such/place"))
     with pytest.raises(UserError, match=r"error\.txt: cannot be written, so the sweep ends \(ZeroDivisionError"):
         run_cell(SweepCell((), tiny_config()), SweepControl(tmp_path))
@@ -113,7 +113,7 @@ def test_a_failure_that_cannot_be_written_ends_the_sweep(tiny_config, tmp_path, 
 def test_a_failed_cells_tensors_are_gone_when_its_memory_is_freed(tiny_config, tmp_path, monkeypatch):
     tensors, alive = [], []
 
-    def fail(_config):
+    def fail(*_):
         tensor = torch.zeros(1)
         tensors.append(weakref.ref(tensor))
         raise RuntimeError("out of memory")

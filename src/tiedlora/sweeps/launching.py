@@ -283,7 +283,7 @@ def run_cell(cell: SweepCell, control: SweepControl) -> None:
 
     try:
         with also_stopped_by(stopped):
-            run.main(cell.config)
+            run.main(cell.config, folder)
     except StoppedEarly:
         if not stopped():
             # After an Exception, a worker continues with the next cell; after a KeyboardInterrupt, it stops.
