@@ -27,7 +27,7 @@ from tiedlora.config.schema import SLOT_DEVICE
 from tiedlora.errors import STOPPED, UserError, exit_codes
 from tiedlora.keys import CHECKED, Count, Text, Whole, from_person
 from tiedlora.sweeps.cells import Goal
-from tiedlora.sweeps.launching import STARTS, Launch, logged_work, work
+from tiedlora.sweeps.launching import STARTS, Launch, Unfit, logged_work, work
 from tiedlora.training.signals import stopped_by_signals
 
 log = logging.getLogger(__name__)
@@ -169,6 +169,9 @@ def _slot(environment: Mapping[str, str], channel: connection.Connection[Any, An
                     folder, goals = channel.recv()
                     logged_work(folder, goals)
                     channel.send("done")
+        except Unfit as error:
+            # The others go on. What is broken in this process ends with it.
+            log.error("%s", error)
         except KeyboardInterrupt:
             # The command says it, once for all workers.
             raise SystemExit(STOPPED) from None
