@@ -101,7 +101,9 @@ def held(folder, seconds=None):
     thread = threading.Thread(target=hold)
     thread.start()
     taken.wait()
-    yield
-    if seconds is None:
-        left.set()
-    thread.join()
+    try:
+        yield
+    finally:
+        if seconds is None:
+            left.set()
+        thread.join()

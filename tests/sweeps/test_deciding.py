@@ -12,7 +12,7 @@ from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.scores import read_finished
 from tiedlora.records.selection import read_selection
-from tiedlora.sweeps import status
+from tiedlora.sweeps import staged, status
 from tiedlora.sweeps.expand import DecidingOptions
 from tiedlora.sweeps.staged import run_deciding
 
@@ -112,6 +112,26 @@ def test_other_claims_than_the_planned_ones_are_refused(swept, tmp_path):
         decide(swept, claims_file(tmp_path, 0.8), Here())
     with pytest.raises(UserError, match="other values of budget"):
         decide(swept, claims_file(tmp_path, 0.9), Here(), 30)
+
+
+def test_a_sweep_that_has_run_nothing_is_bound_to_no_plan(swept, tmp_path, monkeypatch):
+    claims = claims_file(tmp_path, 0.9)
+
+    def refuse(_cells):
+        raise UserError("no test rows")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(staged, "check_scoring", refuse)
+        with pytest.raises(UserError, match="no test rows"):
+            decide(swept, claims, Here(), 5)
+    assert not swept.path.exists()
+    # Stopped before the first run, and then at one of the search, whose seeds are not those of the grid.
+    for stop_before, budget in ((0, 5), (1, 30)):
+        with pytest.raises(KeyboardInterrupt):
+            decide(swept, claims, Here(stop_before=stop_before), budget, search_seeds=[20, 21])
+        assert json.loads((swept.path / "plan.json").read_text())["budget"] == budget
+    with pytest.raises(UserError, match="other values of budget"):
+        decide(swept, claims, Here(), 29, search_seeds=[20, 21])
 
 
 def test_an_open_claim_takes_the_seeds_of_its_next_looks_within_the_budget(swept, tmp_path, capsys):

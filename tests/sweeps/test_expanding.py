@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from helpers.sweeping import cell_of
@@ -19,7 +20,11 @@ from tiedlora.config.identity import config_tree, run_id
 from tiedlora.errors import UserError
 from tiedlora.places import CONF
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.scores import read_run_scores
+from tiedlora.runs import run
 from tiedlora.sweeps.expand import CellComposer, compose_sweep
+from tiedlora.sweeps.launching import work
+from tiedlora.sweeps.status import status_of
 
 
 def test_the_same_cell_written_differently_is_one_run(tiny_run, tmp_path, monkeypatch):
@@ -155,14 +160,32 @@ def test_a_frozen_cell_is_the_same_run_whatever_becomes_of_conf(tiny_run):
         assert config == cell.config
 
 
-def test_a_cell_whose_named_arm_has_other_values_now_is_refused(tiny_run, monkeypatch):
-    """Its run would get another folder than the one that the sweep looks at."""
+def test_a_cell_whose_named_arm_has_other_values_now_keeps_its_id_and_its_folder(tiny_run, monkeypatch):
     sweep = compose_sweep(tiny_run("tying=TABuv"))
+    (cell,) = sweep.cells
     sweep.freeze()
+    sweep.control.start(fail_fast=False)
+    assert cell.run_id.startswith("TABuv-")
+    # As after an edit of conf/tying/TABuv.yaml, in a worker that starts later.
     monkeypatch.setattr(trial_arm, "name_of", lambda _: None)
-    with pytest.raises(
-        UserError, match=r"is the run custom-\S+ now: a file of conf/tying/ has changed; undo the change"
-    ):
+    frozen = cell_of(sweep.path, cell.goal)
+    assert run_id(frozen.config).startswith("custom-")
+    assert (frozen.run_id, frozen.folder.path) == (cell.run_id, cell.folder.path)
+    work(sweep.path, [cell.goal])
+    assert status_of(frozen, sweep.control).state == "done"
+    assert frozen.folder.finished_record().run_id == cell.run_id
+    assert [path.name for path in Path(frozen.config.outputs).glob("*-r8-*")] == [cell.run_id]
+    # Scores that are added later have the id too.
+    run.main(frozen.until(None, ["validation", "test"]).config, frozen.folder)
+    assert set(read_run_scores(frozen.folder, frozen.folder.finished_record()).splits) == {"validation", "test"}
+
+
+def test_a_frozen_cell_of_another_configuration_is_refused(tiny_run):
+    sweep = compose_sweep(tiny_run("seed=0,1"))
+    sweep.freeze()
+    first, second = (sweep.path / "cells" / f"{cell.run_id}.json" for cell in sweep.cells)
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(UserError, match=r"is the configuration of another run, \.\.\.-\w{10}; start the sweep again"):
         cell_of(sweep.path, sweep.cells[0].goal)
 
 

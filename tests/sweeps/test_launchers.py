@@ -2,8 +2,9 @@
 
 import signal
 from collections.abc import Sequence
-from contextlib import closing
-from multiprocessing import active_children
+from contextlib import closing, nullcontext
+from multiprocessing import Pipe, active_children
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -22,7 +23,7 @@ from tiedlora.records.rows import read_metrics
 from tiedlora.records.scores import read_scores
 from tiedlora.runs import run
 from tiedlora.sweeps import launchers
-from tiedlora.sweeps.cells import Sweep, SweepCell
+from tiedlora.sweeps.cells import Goal, Sweep, SweepCell
 from tiedlora.sweeps.launchers import Slots, launcher_of
 
 
@@ -91,6 +92,42 @@ class TestSlots:
             Slots(2, None)(swept.path, [cell.goal for cell in swept.cells])
         assert f"{lost.run_id}.json: is missing" in capfd.readouterr().err
         assert not lost.folder.error_file.exists()
+
+    @pytest.mark.parametrize(
+        ("codes", "warnings", "error"),
+        [
+            # As after an OSError ESTALE of a network file system, which is gone a moment later; then a kill.
+            (
+                [1, -9, None],
+                ["a worker has ended with exit code 1, for the reason above,", "a worker was killed,"],
+                None,
+            ),
+            ([1, 1, 1], ["exit code 1, for the reason above,"] * 2, "exit code 1, "),
+            ([2], [], "exit code 2, "),
+        ],
+    )
+    def test_a_worker_is_replaced_unless_a_mistake_has_ended_it(
+        self, codes, warnings, error, tmp_path, monkeypatch, caplog
+    ):
+        left = list(codes)
+
+        class Worker:
+            """Has ended, or has done its work, as soon as it has some."""
+
+            def __init__(self, environment):
+                self.environment, self.code = environment, left.pop(0)
+                self.channel, self._other = Pipe()
+                self._other.send("done")
+                self.process = SimpleNamespace(is_alive=lambda: True, terminate=lambda: None, join=lambda: None)
+
+            def ended(self):
+                return self.code
+
+        monkeypatch.setattr(launchers, "_Worker", Worker)
+        with pytest.raises(UserError, match=error) if error else nullcontext():
+            Slots(1, None)(tmp_path, [Goal("run", None, ())])
+        assert (left, len(caplog.messages)) == ([], len(warnings))
+        assert all(warning in said for warning, said in zip(warnings, caplog.messages, strict=True))
 
     def test_workers_stay_for_the_next_stage_and_end_with_the_sweep(self, finished_run):
         """Each stage of a search is a call. A new worker would import torch and load the base model again."""

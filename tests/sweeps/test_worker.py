@@ -12,12 +12,12 @@ from helpers.commands import Command, wait_until
 from helpers.sweeping import Here, compose_sweep, fail, held, search_options
 
 from tiedlora import storage
-from tiedlora.errors import UserError
+from tiedlora.errors import Diverged, UserError
 from tiedlora.models import device
 from tiedlora.runs import add_scores, run
 from tiedlora.sweeps import launching, status
 from tiedlora.sweeps.cells import SweepCell, SweepControl
-from tiedlora.sweeps.launching import run_cell, work
+from tiedlora.sweeps.launching import Unfit, run_cell, work
 from tiedlora.sweeps.staged import StagedSweep
 
 
@@ -50,7 +50,7 @@ def test_it_takes_every_cell_that_is_free_and_has_not_ended(frozen, monkeypatch)
     time.sleep(0.02)
     fail(failed)
     carried_out = []
-    monkeypatch.setattr(run, "main", carried_out.append)
+    monkeypatch.setattr(run, "main", lambda config, _folder: carried_out.append(config))
     with held(busy.folder):
         work(swept.path, goals(swept))
     assert [config.seed for config in carried_out] == [free.config.seed]
@@ -66,7 +66,7 @@ def test_it_holds_the_lock_from_the_start_to_the_end(frozen, monkeypatch):
     (cell,) = (swept := frozen("seed=0")).cells
     seen = []
 
-    def main(_config):
+    def main(_config, _folder):
         other = threading.Thread(target=lambda: seen.append(cell.state()))
         other.start()
         other.join()
@@ -90,7 +90,7 @@ def test_a_killed_worker_costs_its_cell_one_retry(frozen, monkeypatch, caplog):
     for _ in range(2):
         swept.control.note_start(twice.run_id)
     carried_out = []
-    monkeypatch.setattr(run, "main", carried_out.append)
+    monkeypatch.setattr(run, "main", lambda config, _folder: carried_out.append(config))
     work(swept.path, goals(swept))
     assert [config.seed for config in carried_out] == [0]
     assert caplog.text.count("once more, because its worker was killed") == 1
@@ -104,16 +104,52 @@ def test_a_killed_worker_costs_its_cell_one_retry(frozen, monkeypatch, caplog):
 
 
 def test_a_failure_that_cannot_be_written_ends_the_sweep(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "main", lambda _config: 1 / 0)
+    monkeypatch.setattr(run, "main", lambda *_: 1 / 0)
     monkeypatch.setattr(storage, "write_bytes", lambda *_: os.stat("/no/such/place"))
     with pytest.raises(UserError, match=r"error\.txt: cannot be written, so the sweep ends \(ZeroDivisionError"):
         run_cell(SweepCell((), tiny_config()), SweepControl(tmp_path))
 
 
+def test_a_worker_that_only_fails_leaves_the_cells_to_one_that_trains(frozen, monkeypatch):
+    swept = frozen("seed=0,1,2,3,4,5")
+    *_, busy = swept.cells
+    monkeypatch.setattr(launching, "_process", launching._OfProcess())
+
+    def fails(config, _folder):
+        raise Diverged("the loss is nan") if config.seed == 1 else OSError("no such device")
+
+    monkeypatch.setattr(run, "main", fails)
+    busy.folder.path.mkdir(parents=True)
+    busy.folder.metrics_file.touch()
+    with held(busy.folder):
+        for _ in range(2):
+            with pytest.raises(Unfit, match=r"has failed at 3 cells in a row while another one trains, so it takes no"):
+                work(swept.path, goals(swept))
+            # A diverged run is a result.
+            assert states(swept) == [*["failed"] * 4, "interrupted", "running"]
+        # A success shows that the worker is well.
+        monkeypatch.setattr(launching._process, "failures", 2)
+        monkeypatch.setattr(run, "main", lambda *_: None)
+        run_cell(swept.cells[4], swept.control)
+        assert launching._process.failures == 0
+
+
+def test_a_worker_that_is_alone_tries_every_cell(frozen, monkeypatch):
+    """Then the cells may be wrong, and not the worker."""
+    swept = frozen("seed=0,1,2,3,4")
+    *_, loading = swept.cells
+    monkeypatch.setattr(launching, "_process", launching._OfProcess())
+    monkeypatch.setattr(run, "main", lambda *_: 1 / 0)
+    # Another one that has not come to train yet may fail as well.
+    with held(loading.folder):
+        work(swept.path, goals(swept))
+    assert states(swept) == [*["failed"] * 4, "interrupted"]
+
+
 def test_a_failed_cells_tensors_are_gone_when_its_memory_is_freed(tiny_config, tmp_path, monkeypatch):
     tensors, alive = [], []
 
-    def fail(_config):
+    def fail(*_):
         tensor = torch.zeros(1)
         tensors.append(weakref.ref(tensor))
         raise RuntimeError("out of memory")

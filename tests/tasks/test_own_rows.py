@@ -192,6 +192,17 @@ def test_all_kinds_of_files_give_the_same_examples(tmp_path):
     assert all(examples == found[0] for examples in found)
 
 
+@pytest.mark.parametrize("empty", [None, float("nan"), "", " "])
+def test_rows_with_an_empty_cluster_stand_alone_in_splits_and_in_intervals(tmp_path, empty):
+    pages = ["p1", "p1", "p2", "p2", *[empty] * 16]
+    rows = [{"text": f"text {n}", "topic": "a", "page": page} for n, page in enumerate(pages)]
+    task = own_task(f"task.files={write_lines(tmp_path / 'a.jsonl', rows)}", "task.cluster=page")
+    splits = {split: load_examples(task, split, None) for split in SPLITS}
+    # A tenth of 18 groups: the rows of p1, those of p2, and 16 single ones.
+    assert len(splits["train"]) >= 20 - 2 * 2
+    assert sorted(e.cluster for examples in splits.values() for e in examples) == [*[""] * 16, "p1", "p1", "p2", "p2"]
+
+
 def test_one_file_is_cut_by_a_seed_and_no_prompt_and_no_cluster_is_in_two_splits(tmp_path):
     # Every third row has the prompt of another one.
     rows = [{**row, "text": "again" if n % 3 == 0 and n < 9 else row["text"]} for n, row in enumerate(ROWS)]

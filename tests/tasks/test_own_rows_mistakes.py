@@ -70,6 +70,12 @@ FILE_MISTAKES = {  # name of the file, its content, more words -> what the messa
     ),
     "an empty parquet": ("a.parquet", parquet(text=[], topic=[]), "", "a.parquet: holds no rows"),
     "no parquet": ("a.parquet", PLAIN, "", "a.parquet: cannot be read as Parquet ("),
+    "a quote of a text that takes in the next rows": (
+        "a.tsv",
+        'text\ttopic\nx\ta\n"Stop!\tb\ny\tc\nhe said no"\td\n',
+        "",
+        "a.tsv:3: a quote opens here, and its value goes on over a tab and the end of a line ('Stop!\\tb\\ny",
+    ),
     "another kind of file": ("a.xlsx", PLAIN, "", "must end in one of .jsonl, .json, .csv, .tsv, .parquet"),
     "a null": ("a.jsonl", '{"text": null, "topic": "a"}\n', "", "a.jsonl:1: the field 'text' is null, and a template"),
     "a list": ("a.jsonl", '{"text": ["x"], "topic": "a"}\n', "", "a.jsonl:1: the field 'text' is list, and a template"),

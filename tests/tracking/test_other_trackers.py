@@ -1,9 +1,12 @@
 """tracking=trackio and tracking=mlflow: their own clients read a run back with the curves of metrics.jsonl."""
 
+import fcntl
 import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
+from unittest.mock import MagicMock
 
 import pytest
 from helpers import processes
@@ -14,6 +17,7 @@ from tiedlora.places import PROJECT
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.scores import read_run_scores
+from tiedlora.tracking.run_trackers import TrackedRun
 
 KEYS = ("train/loss", "validation/loss", "train/lr")
 needs_trackio = pytest.mark.skipif(find_spec("trackio") is None, reason="needs the extra trackio")
@@ -68,6 +72,44 @@ def test_mlflow_reads_the_run_back(tiny_run, tmp_path):
     (answers, _) = read_run_scores(folder).of("validation")
     assert run.data.metrics["validation/exact_match_strict"] == answers.metrics["exact_match_strict"].value
     assert len(client.load_table(experiment.experiment_id, "answers.json")) == answers.rows
+
+
+@pytest.mark.skipif(find_spec("mlflow") is None, reason="needs the extra mlflow")
+def test_only_one_worker_at_a_time_makes_the_tables_of_mlflows_database(tiny_config, tmp_path, monkeypatch):
+    from tiedlora.tracking.mlflow import MlflowTracker
+
+    config, held = tiny_config("tracking=mlflow"), {}
+    lock = Path(config.outputs) / ".mlflow.lock"
+
+    def is_held() -> bool:
+        try:
+            with open(lock) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+    class Client(MagicMock):
+        """Notes at each call whether the lock is held."""
+
+        def _get_child_mock(self, **names):
+            def called(*_, **__):
+                held[names["name"]] = is_held()
+                return mock.DEFAULT
+
+            return MagicMock(side_effect=called, **names)
+
+    monkeypatch.setitem(sys.modules, "mlflow", MagicMock(MlflowClient=Client))
+    monkeypatch.setitem(sys.modules, "mlflow.entities", MagicMock())
+    run = TrackedRun("run", tmp_path, config, 1)
+    MlflowTracker().start(run, [])
+    assert held["get_experiment_by_name"]
+    assert held["search_runs"]
+    assert not held["log_batch"]
+    # A server has its own order.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    MlflowTracker().start(run, [])
+    assert not held["get_experiment_by_name"]
 
 
 @needs_trackio

@@ -1,12 +1,16 @@
 """Any tracker, W&B's or a new one: metrics.jsonl is written first, and the tracker gets a copy of it."""
 
 import copy
+import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import MagicMock
 
 import pytest
+import wandb
 from helpers.forks import forked_world
 from helpers.report_runs import make_record, prediction_rows, score_run, scored_run, write_run
 from helpers.tiny import folder_of
@@ -18,6 +22,7 @@ from tiedlora.records.scores import read_scores
 from tiedlora.runs import run, trainer
 from tiedlora.tracking import run_trackers
 from tiedlora.tracking.run_trackers import RunTrackers, TrackedRun, Tracker, first_answers
+from tiedlora.tracking.wandb import WandbTracker
 
 
 class FakeTracker(Tracker):
@@ -182,3 +187,51 @@ def test_a_tracker_that_is_named_for_a_finished_run_says_that_it_gets_nothing(fi
     run.main(config)
     assert said in capsys.readouterr().out.splitlines()
     assert fake == []
+
+
+GONE = (
+    'failed to upsert bucket: returned error 409: {"message":"run x was previously created and deleted; try a new id"}'
+)
+
+
+@pytest.mark.parametrize(
+    ("errors", "modes", "after", "says"),
+    [
+        (
+            [wandb.errors.CommError(GONE)],
+            ["online"] * 2,
+            "online",
+            "was deleted there, which ends its id; it has the id",
+        ),
+        ([wandb.errors.CommError(GONE)] * 2, ["online", "online", "offline"], "online", "W&B refuses this run (failed"),
+        ([wandb.errors.CommError("returned error 403: no")], ["online", "offline"], "online", "W&B refuses this run"),
+        ([wandb.errors.AuthenticationError("key")], ["online", "offline"], "online", "W&B refuses this run (key)"),
+        ([wandb.errors.UsageError("no")], ["online", "offline"], "online", "W&B refuses this run (no)"),
+        (
+            [wandb.errors.CommError("timed out after 30.0 sec")],
+            ["online", "offline"],
+            "offline",
+            "W&B cannot be reached",
+        ),
+        ([wandb.errors.CommError("returned error 502: x")], ["online", "offline"], "offline", "W&B cannot be reached"),
+    ],
+)
+def test_only_a_server_that_is_away_makes_later_runs_of_wandb_offline(
+    errors, modes, after, says, tiny_config, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    left, calls = list(errors), []
+
+    def init(**arguments):
+        calls.append((arguments["id"], os.environ["WANDB_MODE"]))
+        if left:
+            raise left.pop(0)
+        return MagicMock()
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(wandb, "teardown", lambda: None)
+    WandbTracker().start(TrackedRun("run", tmp_path, tiny_config(), 1), [])
+    assert ([mode for _, mode in calls], os.environ["WANDB_MODE"]) == (modes, after)
+    assert says in caplog.text
+    is_other = [re.fullmatch(r"run-[0-9a-f]{6}", id) is not None for id, _ in calls]
+    assert is_other == ([False, True, True] if GONE in str(errors[0]) else [False] * 3)[: len(calls)]

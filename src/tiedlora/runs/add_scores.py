@@ -59,7 +59,7 @@ def add_scores(folder: RunFolder, config: Config, again: bool = False) -> None:
         # Answers of a run's splits end alike.
         encoder = Encoder(base.tokenizer, config.task, config.model.context, finished.more_ends or ())
         _check_same_tokens(folder, finished, encoder)
-        scorer = Scorer(arm, encoder, task, config, base.record)
+        scorer = Scorer(arm, encoder, task, config, base.record, run_id=finished.run_id)
         undone.enter_context(folder.locked())
         folder.error_file.unlink(missing_ok=True)
         # Asked again now that no other process can add scores.

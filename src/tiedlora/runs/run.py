@@ -24,8 +24,11 @@ from tiedlora.tracking.progress import running_clock
 from tiedlora.tracking.run_trackers import AUTO, NONE
 
 
-def main(config: Config) -> RunRecord | None:
+def main(config: Config, folder: RunFolder | None = None) -> RunRecord | None:
     """Carry out a run if it is not finished, and print its result.
+
+    Args:
+        folder: the run's own; None is the one of the run's id. A frozen cell of a sweep may have another first word.
 
     Returns:
         The record. None if the run has paused (train.pause_after). Of several processes that train together, only the
@@ -38,7 +41,7 @@ def main(config: Config) -> RunRecord | None:
     """
     code_version()  # Asked before anything is loaded: a commit that comes later is not what this process runs.
     check_words(config)
-    folder = RunFolder(Path(config.outputs) / run_id(config))
+    folder = folder or RunFolder(Path(config.outputs) / run_id(config))
     finished = None if config.force else folder.record()
     record = finished
     # Several processes must agree that the run is finished, so they connect first.

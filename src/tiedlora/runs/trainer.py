@@ -443,7 +443,7 @@ def _remove_other_scores(folder: RunFolder, record: RunRecord, examples: Mapping
 
 def score(config: ScoreConfig, loaded: Loaded, folder: RunFolder) -> None:
     """Score what the folder lacks of the splits and the neutral text of `score`, and write their files into it."""
-    scorer = loaded.scorer
+    scorer = replace(loaded.scorer, run_id=folder.path.name)
     # Only the first process has the run's folder.
     lacking, forgetting = loaded.world.gather((missing_scores(config, folder), forgetting_to_score(config, folder)))[0]
     for split, wanted in lacking.items():

@@ -92,6 +92,8 @@ class Scorer:
     """The base model under `arm`."""
     world: World = ALONE
     """The processes that score together. Each scores some of the batches, and gets the rows of all."""
+    run_id: str | None = None
+    """The id that the files of scores name; None is that of `config`."""
     halvings: int = 0
     """How often the batches of `config` were halved, because memory ran out."""
 
@@ -137,7 +139,7 @@ class Scorer:
         in the same ones, because rounding depends on them. Little work is lost, because the longest rows come first.
         """
         record = ScoreRecord(
-            run_id=run_id(self.config),
+            run_id=self.run_id or run_id(self.config),
             adapter=storage.sha256(folder.adapter / DESCRIPTION),
             split=split,
             kind=kind,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tiedlora import storage
 from tiedlora.config.check import check
-from tiedlora.config.identity import arm_of, config_tree, identity, run_id, without_gone_keys
+from tiedlora.config.identity import arm_of, config_tree, identity, identity_digest, run_id, without_gone_keys
 from tiedlora.config.schema import Config
 from tiedlora.config.trial_arm import TrialArm
 from tiedlora.errors import UserError
@@ -47,6 +47,8 @@ class SweepCell:
     overrides: tuple[str, ...]
     """The cell as the command line writes it. Two ways to write the same configuration give one cell."""
     config: Config
+    frozen_id: str | None = None
+    """The id that the cell has in the sweep's folder. Its first word is that of conf/tying/ when the sweep began."""
 
     def until(self, step: int | None, splits: Sequence[str]) -> SweepCell:
         """The same run for a launch that pauses it after a step, or (None) finishes it and scores these splits."""
@@ -62,7 +64,7 @@ class SweepCell:
     @cached_property
     def run_id(self) -> str:
         """The id of the cell's run."""
-        return run_id(self.config)
+        return self.frozen_id or run_id(self.config)
 
     @property
     def folder(self) -> RunFolder:
@@ -102,7 +104,7 @@ def frozen_cell(folder: Path, run_id: str) -> SweepCell:
     """A cell of the sweep in this folder, from its frozen configuration.
 
     Raises:
-        UserError: the file is missing or damaged, or a named arm has other values since the sweep began.
+        UserError: the file is missing, damaged or that of another run.
     """
     path = folder / "cells" / f"{run_id}.json"
     tree = storage.read_json(path)
@@ -111,11 +113,13 @@ def frozen_cell(folder: Path, run_id: str) -> SweepCell:
         check(config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    # The last word is of the configuration alone. The first one changes with conf/tying/, and the sweep does not.
+    if (digest := identity_digest(identity(config))) != run_id.rpartition("-")[2]:
+        raise UserError(
+            f"{path}: is the configuration of another run, ...-{digest}; start the sweep again, which writes it anew"
+        )
     # Its run is beside sweeps/, wherever this machine sees that folder.
-    cell = SweepCell((), replace(config, outputs=str(folder.parents[1])))
-    if cell.run_id != run_id:
-        raise UserError(f"{path}: is the run {cell.run_id} now: a file of conf/tying/ has changed; undo the change")
-    return cell
+    return SweepCell((), replace(config, outputs=str(folder.parents[1])), run_id)
 
 
 def rate_groups(cells: Iterable[SweepCell]) -> dict[str, list[SweepCell]]:

@@ -24,10 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
 from tiedlora.config.schema import SLOT_DEVICE
-from tiedlora.errors import STOPPED, UserError, exit_codes
+from tiedlora.errors import MISTAKE, STOPPED, UserError, exit_codes
 from tiedlora.keys import CHECKED, Count, Text, Whole, from_person
 from tiedlora.sweeps.cells import Goal
-from tiedlora.sweeps.launching import STARTS, Launch, logged_work, work
+from tiedlora.sweeps.launching import STARTS, Launch, Unfit, logged_work, work
 from tiedlora.training.signals import stopped_by_signals
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,8 @@ class Slots:
         self._workers: list[_Worker] = []
 
     def __call__(self, folder: Path, goals: Sequence[Goal]) -> None:
-        """Let the workers work. One that is killed is replaced, and the others are not affected.
+        """Let the workers work. One that is killed, or that a passing error of the machine has ended, is replaced, and
+        the others are not affected.
 
         They stay for the next call, with what they have imported and loaded.
 
@@ -84,7 +85,7 @@ class Slots:
             KeyboardInterrupt: after every running cell has ended or saved its checkpoint.
             UserError: a worker could not go on. The running cells have ended as above.
         """
-        killed = 0
+        replaced = 0
         # A worker may have been killed while it had no work.
         self._workers = [worker for worker in self._workers if worker.process.is_alive()]
         used = [worker.environment for worker in self._workers]
@@ -104,10 +105,12 @@ class Slots:
                     self._workers.remove(worker)
                     if code == STOPPED:
                         raise KeyboardInterrupt
-                    if code < 0 and killed < STARTS * len(goals):
+                    # A mistake would end each worker.
+                    if code not in (0, MISTAKE) and replaced < STARTS * len(goals):
                         # The next one tries its cell once more. No cell is tried for ever.
-                        killed += 1
-                        log.warning("a worker was killed, and another one takes its place")
+                        replaced += 1
+                        why = "was killed" if code < 0 else f"has ended with exit code {code}, for the reason above"
+                        log.warning("a worker %s, and another one takes its place", why)
                         other = _Worker(worker.environment)
                         self._workers.append(other)
                         other.channel.send((folder, goals))
@@ -169,6 +172,9 @@ def _slot(environment: Mapping[str, str], channel: connection.Connection[Any, An
                     folder, goals = channel.recv()
                     logged_work(folder, goals)
                     channel.send("done")
+        except Unfit as error:
+            # The others go on. What is broken in this process ends with it.
+            log.error("%s", error)
         except KeyboardInterrupt:
             # The command says it, once for all workers.
             raise SystemExit(STOPPED) from None

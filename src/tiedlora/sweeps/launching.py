@@ -17,10 +17,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tiedlora import storage
-from tiedlora.errors import StoppedEarly, UserError, drop_output, output_is_closed
+from tiedlora.errors import Diverged, StoppedEarly, UserError, drop_output, output_is_closed
 from tiedlora.records.run_folder import Busy, RunFolder
 from tiedlora.runs import run
 from tiedlora.runs.inputs import check_same_inputs
@@ -37,9 +38,26 @@ SECONDS_BETWEEN_CHECKS = 1.0
 """The time between two looks at a cell that another process is working on, or at whether a cell should stop."""
 STARTS = 2
 """How often a cell is started if its worker dies without leaving an error."""
+MOST_FAILURES = 3
+"""After so many failures in a row, a worker leaves the free cells to the others, if another one trains."""
 SECONDS_BETWEEN_COUNTS = 2.0
 LARGEST_SHARE = 0.02
 """The largest share of the time for counting: ten thousand cells take seconds on a network file system."""
+
+
+class Unfit(Exception):
+    """A worker fails at each cell while another one trains: its device, its memory or a mount may be broken."""
+
+
+@dataclass
+class _OfProcess:
+    """What this process has gone through. One process may be several workers, one after the other, as in Ray."""
+
+    failures: int = 0
+    """The cells that have failed since the last one that has not. A diverged run is a result, and not counted."""
+
+
+_process = _OfProcess()
 
 Launch = Callable[[Path, Sequence[Goal]], None]
 """Starts workers on the goals of a sweep's folder, and returns when all have ended. It raises an error if a worker was
@@ -232,6 +250,7 @@ def work(folder: Path, goals: Sequence[Goal]) -> None:
 
     Raises:
         KeyboardInterrupt, UserError: the sweep was asked to stop (a checkpoint is written); a frozen cell is damaged.
+        Unfit: this process fails at each cell, and another one trains. The free cells stay free.
     """
     control, waiting, before = SweepControl(folder), list(goals), len(goals) + 1
     while len(waiting) < before:
@@ -243,13 +262,20 @@ def work(folder: Path, goals: Sequence[Goal]) -> None:
                 if not control.stops(goal.run_id):
                     with run_folder.locked(patience=0):
                         cell = frozen_cell(folder, goal.run_id).until(goal.pause_after, goal.splits)
-                        _carry_out(cell, control)
+                        _carry_out(cell, control, goals)
             except Busy:
                 waiting.append(goal)
 
 
-def _carry_out(cell: SweepCell, control: SweepControl) -> None:
-    """Carry out a cell, unless it has ended. Its lock is held."""
+def _carry_out(cell: SweepCell, control: SweepControl, goals: Sequence[Goal]) -> None:
+    """Carry out a cell, unless it has ended. Its lock is held.
+
+    Args:
+        goals: those of the launch.
+
+    Raises:
+        KeyboardInterrupt, UserError, Unfit: as `work`.
+    """
     killed = control.note_start(cell.run_id)
     try:
         if killed >= STARTS and is_open(cell, control):
@@ -257,11 +283,30 @@ def _carry_out(cell: SweepCell, control: SweepControl) -> None:
             storage.write_bytes(cell.folder.error_file, f"{why}\n".encode())
             control.failed(cell.run_id)
         elif is_open(cell, control):
+            _check_fit(cell, goals)
             if killed:
                 log.warning("%s: once more, because its worker was killed", cell.run_id)
             run_cell(cell, control)
     finally:
         control.note_end(cell.run_id)
+
+
+def _check_fit(cell: SweepCell, goals: Iterable[Goal]) -> None:
+    """Without this, a worker with a broken device would empty the queue, one quick failure after the other.
+
+    If no other worker trains, the cells themselves may be wrong, and each is tried.
+
+    Raises:
+        Unfit: as `work`.
+    """
+    if _process.failures < MOST_FAILURES:
+        return
+    others = (RunFolder(cell.folder.path.parent / goal.run_id) for goal in goals)
+    if any(other.metrics_file.exists() and other.state() == "running" for other in others):
+        raise Unfit(
+            f"this worker has failed at {_process.failures} cells in a row while another one trains, so it takes no "
+            "more; look into their error.txt and at its device, memory and mounts, then start the same command again"
+        )
 
 
 def run_cell(cell: SweepCell, control: SweepControl) -> None:
@@ -283,7 +328,7 @@ def run_cell(cell: SweepCell, control: SweepControl) -> None:
 
     try:
         with also_stopped_by(stopped):
-            run.main(cell.config)
+            run.main(cell.config, folder)
     except StoppedEarly:
         if not stopped():
             # After an Exception, a worker continues with the next cell; after a KeyboardInterrupt, it stops.
@@ -301,7 +346,9 @@ def run_cell(cell: SweepCell, control: SweepControl) -> None:
             raise UserError(f"{folder.error_file}: cannot be written, so the sweep ends ({why})") from None
         control.failed(cell.run_id)
         log.error("%s failed: %s", cell.run_id, why)
+        _process.failures += not isinstance(error, Diverged)
     else:
+        _process.failures = 0
         return
     # Here, and not in the block above, where the exception still holds the frames and tensors of the failed cell. It
     # imports torch, which a cell that is finished does not need.

@@ -346,8 +346,11 @@ def run_deciding(sweep: Sweep, options: DecidingOptions, launch: Launch) -> None
             raise UserError(f"score.base=false: the claim '{claim.name}' needs the scores of the base model")
     # The chosen rates run at the seeds of the earliest look. Rates are searched there too, if no others are named.
     seeds = list(min(planned, key=lambda claim: claim.plan.looks[0]).plan.of_look(0))
-    _write_plan(sweep.path / PLAN_FILE, path, planned, options.search_seeds or seeds, budget)
     staged = StagedSweep(sweep, options, launch, seeds)
+    # A sweep that is refused leaves no plan. Otherwise the runs of a plan need not be there any more.
+    if not (sweep.path / PLAN_FILE).exists():
+        check_scoring(sweep.cells)
+    _write_plan(sweep, path, planned, options.search_seeds or seeds, budget)
     staged.search()
     used = {search.cell(*asked).run_id for search in staged.searches for asked in search.stage.asked}
     # An earlier start of the same command has paid for the runs of looks that have ended.
@@ -421,8 +424,10 @@ def _check_sides(sweep: Sweep, claims: Sequence[Claim]) -> None:
         )
 
 
-def _write_plan(file: Path, path: Path, claims: Sequence[Claim], seeds: list[int], budget: int | None) -> None:
+def _write_plan(sweep: Sweep, path: Path, claims: Sequence[Claim], seeds: list[int], budget: int | None) -> None:
     """Write plan.json before the first run, or compare it with the one that was written then.
+
+    As long as no run has begun, another plan replaces it: nobody has seen a result.
 
     Args:
         path: the claims' file.
@@ -442,8 +447,11 @@ def _write_plan(file: Path, path: Path, claims: Sequence[Claim], seeds: list[int
         "search_seeds": seeds,
         "budget": budget,
     }
-    if not file.exists():
-        storage.write_json(file, plan)
+    file = sweep.path / PLAN_FILE
+    # A search may have run at other seeds than those of the grid.
+    run_ids = {cell.run_id for cell in sweep.cells} | {cell.stem for cell in (sweep.path / "cells").glob("*.json")}
+    if not file.exists() or not any((sweep.path.parents[1] / run_id).exists() for run_id in run_ids):
+        storage.write_changed(file, storage.json_bytes(plan))
     elif (written := storage.read_json(file)) != plan:
         different = ", ".join(key for key in plan if plan[key] != written.get(key))
         raise UserError(

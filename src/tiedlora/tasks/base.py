@@ -254,6 +254,22 @@ def render(template: str, row: DataRow) -> str:
     return "".join(texts)
 
 
+def cluster_of(row: DataRow, name: str | None) -> str:
+    """The text of the field that task.cluster names; empty if the row stands alone: the field is missing or blank.
+
+    Args:
+        name: that of the field; None if there is none.
+    """
+    value = None if name is None else row.fields.get(name)
+    text = "" if value is None or is_nan(value) else str(value)
+    return text if text.strip() else ""
+
+
+def is_nan(value: object) -> bool:
+    """Whether it is the missing value of pandas."""
+    return isinstance(value, float) and math.isnan(value)
+
+
 def _field_text(name: str, row: DataRow) -> str:
     if name not in row.fields:
         known = ", ".join(row.fields) or "none"
@@ -261,9 +277,7 @@ def _field_text(name: str, row: DataRow) -> str:
             f"the template needs the field {name!r}, which is missing{nearest(name, row.fields)}; it has {known:.300}"
         )
     value = row[name]
-    # NaN is a missing value of pandas.
-    is_nan = isinstance(value, float) and math.isnan(value)
-    if value is None or is_nan or isinstance(value, (list, dict, bytes)):
-        kind = "null" if value is None else "NaN" if is_nan else type(value).__name__
+    if value is None or is_nan(value) or isinstance(value, (list, dict, bytes)):
+        kind = "null" if value is None else "NaN" if is_nan(value) else type(value).__name__
         raise RowError(f"the field {name!r} is {kind}, and a template takes a text or a number")
     return str(value)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tiedlora.config.schema import SCORED_SPLITS, SPLITS, TaskConfig
 from tiedlora.errors import UserError
-from tiedlora.tasks.base import Example, Task
+from tiedlora.tasks.base import Example, Task, cluster_of
 from tiedlora.tasks.rows import DataRow, NoSuchSplit, RowError, placed
 
 
@@ -209,8 +209,7 @@ def _checked_example(task: Task, row: DataRow, id: str) -> Example:
             raise RowError(
                 f"the field '{cluster}' of task.cluster is missing; for rows without it, set task.cluster=null"
             )
-        value = None if cluster is None else row[cluster]
-        example = replace(task.example(row, id), cluster="" if value is None else str(value))
+        example = replace(task.example(row, id), cluster=cluster_of(row, cluster))
         try:
             "".join([id, example.prompt, example.target, *example.references, *example.choices]).encode()
         except UnicodeEncodeError:

@@ -18,7 +18,7 @@ from typing_extensions import override
 from tiedlora import storage
 from tiedlora.config.schema import SCORED_SPLITS, SPLITS, TaskConfig
 from tiedlora.errors import UserError
-from tiedlora.tasks.base import OF_OWN_ROWS, Example, Score, Task, fields_of, render
+from tiedlora.tasks.base import OF_OWN_ROWS, Example, Score, Task, cluster_of, fields_of, render
 from tiedlora.tasks.metrics import (
     CHOSEN,
     CORPUS,
@@ -165,8 +165,8 @@ class OwnRows(Task):
     @override
     def ties(self, row: DataRow, number: int) -> list[str]:
         """Rows with the same prompt stay in one split, and rows of one cluster."""
-        value = None if self.config.cluster is None else row.fields.get(self.config.cluster)
-        return [f"prompt {self._prompt(row)}", *([] if value is None else [f"cluster {value}"])]
+        cluster = cluster_of(row, self.config.cluster)
+        return [f"prompt {self._prompt(row)}", *([f"cluster {cluster}"] if cluster else [])]
 
     def _prompt(self, row: DataRow) -> str:
         with placed(row):

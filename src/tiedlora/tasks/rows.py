@@ -114,6 +114,8 @@ def _read_table(path: Path, delimiter: str) -> list[DataRow]:
             where, line = f"{path}:{line}", reader.line_num + 1
             if not values:
                 continue
+            if delimiter == "\t":
+                _refuse_open_quote(where, values)
             if not columns:
                 columns = values
                 _refuse_delimiter(where, columns, delimiter)
@@ -139,6 +141,20 @@ def _refuse_delimiter(where: str, columns: list[str], delimiter: str) -> None:
         raise UserError(
             f"{where}: has {other} between its columns, and a {suffix} has {own}; "
             + (f"name the file {other_suffix}, or save it with {own}" if other_suffix else f"save it with {own}")
+        )
+
+
+def _refuse_open_quote(where: str, values: list[str]) -> None:
+    """Raises UserError if a value of a .tsv has taken in the beginning of another row.
+
+    Most programs write no quotes into a .tsv. There, a sentence that begins with a quote goes on to the next quote. If
+    the row still has as many values as there are columns, it went over the end of a line and a tab.
+    """
+    if value := next((value for value in values if "\t" in value and not {"\n", "\r"}.isdisjoint(value)), None):
+        raise UserError(
+            f"{where}: a quote opens here, and its value goes on over a tab and the end of a line ({value!r:.80}); if "
+            "the quote belongs to the text, write quotes around the value and each of its own quotes twice; otherwise "
+            "save the rows as .csv or .jsonl"
         )
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pandas
 from typing_extensions import override
 
+from tiedlora import storage
 from tiedlora.errors import UserError
 from tiedlora.records.rows import MetricsRow
 from tiedlora.tracking.run_trackers import Answers, TrackedRun, Tracker
@@ -58,12 +60,14 @@ class MlflowTracker(Tracker):
         server = os.environ.get("MLFLOW_TRACKING_URI")
         if server is None:
             outputs.mkdir(parents=True, exist_ok=True)
-        self.client = MlflowClient(tracking_uri=server or f"sqlite:///{outputs}/mlflow.db")
         project, artifacts = run.config.tracking.project, None if server else f"file://{outputs}/mlartifacts"
-        found = self.client.get_experiment_by_name(project)
-        experiment = found.experiment_id if found else self.client.create_experiment(project, artifacts)
-        for old in self.client.search_runs([experiment], f"tags.{ID_TAG} = '{run.run_id}'"):
-            self.client.delete_run(old.info.run_id)
+        # The first client makes the tables of the database, and only one of several workers may.
+        with nullcontext() if server else storage.locked(outputs / ".mlflow.lock"):
+            self.client = MlflowClient(tracking_uri=server or f"sqlite:///{outputs}/mlflow.db")
+            found = self.client.get_experiment_by_name(project)
+            experiment = found.experiment_id if found else self.client.create_experiment(project, artifacts)
+            for old in self.client.search_runs([experiment], f"tags.{ID_TAG} = '{run.run_id}'"):
+                self.client.delete_run(old.info.run_id)
         tags = {ID_TAG: run.run_id, "group": run.group, "tags": ", ".join(run.tags)}
         self.run = self.client.create_run(experiment, run_name=run.name, tags=tags).info.run_id
         (flat,) = pandas.json_normalize(run.settings()).to_dict("records")

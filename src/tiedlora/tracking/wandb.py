@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -25,6 +27,13 @@ except ImportError:
 
 log = logging.getLogger(__name__)
 
+REFUSED = (wandb.errors.UsageError, wandb.errors.CommError)
+"""What wandb.init raises if it does not open a run."""
+DELETED = "previously created and deleted"
+"""W&B's answer to the id of a run that was deleted there."""
+ANSWERED = re.compile(r"returned error 4\d\d")
+"""In the message, if a server was reached and does not want the run."""
+
 
 class WandbTracker(Tracker):
     """One W&B run."""
@@ -39,21 +48,14 @@ class WandbTracker(Tracker):
         # How many seconds its server may delay the start and the end. `wandb sync` can upload the rest later.
         os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
-        offline_runs = f"{run.folder}/wandb/offline-run-*"
         if "WANDB_MODE" not in os.environ and not is_logged_in():
             # This must be a variable of the environment, not an argument: only then does wandb make no network call.
             os.environ["WANDB_MODE"] = "offline"
-            log.info("W&B: not logged in, so this run is kept offline; `wandb sync %s`", offline_runs)
+            log.info("W&B: not logged in, so this run is kept offline; `wandb sync %s`", _offline_runs(run))
         try:
             self.run = wandb.init(**_settings(run, earlier))
-        except (wandb.errors.UsageError, wandb.errors.AuthenticationError, wandb.errors.CommError) as error:
-            said = "cannot be reached" if isinstance(error, wandb.errors.CommError) else "refuses to start"
-            log.warning("W&B %s (%s); kept offline: `wandb sync %s`", said, " ".join(str(error).split()), offline_runs)
-            # wandb's helper process still holds the id. The variable makes later runs offline too, so they do not wait.
-            with suppress(Exception):
-                wandb.teardown()
-            os.environ["WANDB_MODE"] = "offline"
-            self.run = wandb.init(**_settings(run, earlier))
+        except REFUSED as error:
+            self.run = _started_otherwise(run, earlier, error)
         # Tables and scatter plots read the summary: the best validation loss, and the last value of other metrics.
         self.run.define_metric("validation/loss", summary="min,last")
         self.run.define_metric("train/*", summary="last")
@@ -80,12 +82,57 @@ class WandbTracker(Tracker):
         wandb.teardown()
 
 
-def _settings(run: TrackedRun, earlier: Sequence[MetricsRow]) -> dict[str, Any]:
-    """The arguments of wandb.init, as the environment is now: wandb.Settings reads WANDB_MODE when it is made."""
+def _started_otherwise(run: TrackedRun, earlier: Sequence[MetricsRow], error: Exception) -> Any:
+    """The W&B run, under another id if W&B has deleted this one, or offline.
+
+    Args:
+        error: why W&B has not opened it.
+    """
+    mode, other = os.environ.get("WANDB_MODE"), None
+    _end_helper()
+    if DELETED in str(error) and "WANDB_SWEEP_ID" not in os.environ:
+        other = f"{run.run_id}-{secrets.token_hex(3)}"
+        log.warning("W&B: the run %s was deleted there, which ends its id; it has the id %s now", run.run_id, other)
+        try:
+            return wandb.init(**_settings(run, earlier, other))
+        except REFUSED as again:
+            error = again
+            _end_helper()
+    is_away = isinstance(error, wandb.errors.CommError) and not (
+        isinstance(error, wandb.errors.AuthenticationError) or ANSWERED.search(str(error))
+    )
+    said, why = "cannot be reached" if is_away else "refuses this run", " ".join(str(error).split())
+    log.warning("W&B %s (%s); kept offline: `wandb sync %s`", said, why, _offline_runs(run))
+    os.environ["WANDB_MODE"] = "offline"
+    try:
+        return wandb.init(**_settings(run, earlier, other))
+    finally:
+        # If no server is there, the variable stays, so that later runs do not wait for it.
+        if not is_away:
+            del os.environ["WANDB_MODE"]
+            os.environ.update({} if mode is None else {"WANDB_MODE": mode})
+
+
+def _end_helper() -> None:
+    """End wandb's helper process, which still holds the id of a run that has not started."""
+    with suppress(Exception):
+        wandb.teardown()
+
+
+def _offline_runs(run: TrackedRun) -> str:
+    return f"{run.folder}/wandb/offline-run-*"
+
+
+def _settings(run: TrackedRun, earlier: Sequence[MetricsRow], id: str | None = None) -> dict[str, Any]:
+    """The arguments of wandb.init, as the environment is now: wandb.Settings reads WANDB_MODE when it is made.
+
+    Args:
+        id: W&B's id of the run; None is the run's own.
+    """
     # An agent of `wandb sweep` chooses the id itself. A run that starts again (force=true, or its folder was deleted)
     # replaces the old one of its id: if it continued that one, W&B would drop all of its steps.
     resume = "allow" if earlier else None
-    identity = {} if "WANDB_SWEEP_ID" in os.environ else {"id": run.run_id, "resume": resume}
+    identity = {} if "WANDB_SWEEP_ID" in os.environ else {"id": id or run.run_id, "resume": resume}
     return {
         "project": run.config.tracking.project,
         "entity": run.config.tracking.entity,
