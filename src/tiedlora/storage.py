@@ -144,10 +144,14 @@ def write_yaml(path: Path, tree: Mapping[str, Any]) -> None:
     write_bytes(path, text.encode())
 
 
+def json_lines_bytes(rows: Sequence[object]) -> bytes:
+    """One JSON value per line."""
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
+
+
 def write_json_lines(path: Path, rows: Sequence[object]) -> None:
     """Write one JSON value per line, completely or not at all."""
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    write_bytes(path, text.encode())
+    write_bytes(path, json_lines_bytes(rows))
 
 
 def read_bytes(path: Path) -> bytes:

@@ -42,6 +42,24 @@ def test_fetch_writes_what_training_reads(tmp_path, monkeypatch):
     assert example == replace(one_example("squad", GOOD["squad"]), id="q1", cluster="Rome")
 
 
+def test_fetch_replaces_no_file_that_has_other_rows(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIEDLORA_DATA", str(tmp_path))
+    held = {"train": "1", "validation": "2"}
+    monkeypatch.setattr(Task, "hub_rows", lambda _self, split: [DataRow("hub", {"id": held[split]})])
+    fetch(["task=squad"])
+    files = [tmp_path / "squad" / f"{split}.jsonl" for split in held]
+    before = [(file.stat().st_mtime_ns, file.read_text()) for file in files]
+    fetch(["task=squad"])
+    held |= {"train": "3", "validation": "4"}
+    files[0].unlink()
+    with pytest.raises(
+        UserError, match=r"validation\.jsonl: is there with other rows; remove it, or give another fold"
+    ):
+        fetch(["task=squad"])
+    assert not files[0].exists(), "all files are of one download"
+    assert (files[1].stat().st_mtime_ns, files[1].read_text()) == before[1]
+
+
 def test_fetch_picks_the_rows_of_a_study_in_their_order(tmp_path, monkeypatch):
     listed = json.loads((PROJECT / "studies" / "rows" / "squad.json").read_text())
     names = {split: [hashlib.sha256(f"{split}{i}".encode()).hexdigest()[:12] for i in (2, 0)] for split in SPLITS}

@@ -2,7 +2,7 @@
 
 It writes FOLDER/<task>/<split>.jsonl for every split that the hub has, with the hub's field names. Then a machine
 without internet can run `train.py task=... data_root=FOLDER`. It takes the overrides of train.py, such as
-task.hub.revision=COMMIT for a fixed version of the rows.
+task.hub.revision=COMMIT for a fixed version of the rows. A file with other rows is never replaced.
 """
 
 import hashlib
@@ -49,12 +49,21 @@ def main(arguments: list[str]) -> None:
     if listed and listed.task != config.task.name:
         raise UserError(f"--rows {asked.rows}: has rows of task={listed.task}, not of {config.task.name}")
     splits = {split: [row.fields for row in task.hub_rows(split)] for split in task.hub_splits()}
-    for split, found in (studied_rows(listed, splits) if listed else splits).items():
-        # Of a field that is no JSON, such as a time, the text is kept.
-        rows = [json.loads(json.dumps(row, default=str), parse_constant=lambda _: None) for row in found]
-        folder.mkdir(parents=True, exist_ok=True)
-        storage.write_json_lines(folder / f"{split}.jsonl", rows)
-        print(f"{folder / f'{split}.jsonl'}: {len(rows):,} rows")
+    wanted = studied_rows(listed, splits) if listed else splits
+    # Of a field that is no JSON, such as a time, the text is kept.
+    rows = {
+        folder / f"{split}.jsonl": [
+            json.loads(json.dumps(row, default=str), parse_constant=lambda _: None) for row in found
+        ]
+        for split, found in wanted.items()
+    }
+    contents = {path: storage.json_lines_bytes(own) for path, own in rows.items()}
+    # Without data_root= it is the folder of TIEDLORA_DATA, whose rows may be those of finished runs.
+    if other := next((path for path in rows if path.exists() and storage.read_bytes(path) != contents[path]), None):
+        raise UserError(f"{other}: is there with other rows; remove it, or give another folder with data_root=FOLDER")
+    for path, content in contents.items():
+        storage.write_changed(path, content)
+        print(f"{path}: {len(rows[path]):,} rows")
 
 
 def studied_rows(listed: ListedRows, hub: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
