@@ -44,7 +44,7 @@ def test_fetch_writes_what_training_reads(tmp_path, monkeypatch):
 
 def test_fetch_replaces_no_file_that_has_other_rows(tmp_path, monkeypatch):
     monkeypatch.setenv("TIEDLORA_DATA", str(tmp_path))
-    held = {"train": "1", "validation": "2"}
+    held = {"train": "1", "validation": "2", "test": "5"}
     monkeypatch.setattr(Task, "hub_rows", lambda _self, split: [DataRow("hub", {"id": held[split]})])
     fetch(["task=squad"])
     files = [tmp_path / "squad" / f"{split}.jsonl" for split in held]
