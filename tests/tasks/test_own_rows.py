@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shlex
 import shutil
@@ -15,6 +16,7 @@ from helpers.task_rows import GOOD, TINY, WORDS, one_example
 from helpers.task_rows import task_option as built_in
 from helpers.tiny import folder_of, rows_of, saved_tiny, tiny
 
+from tiedlora import storage
 from tiedlora.commands.fetch_data import main as fetch
 from tiedlora.config import compose
 from tiedlora.config.identity import run_id
@@ -126,6 +128,15 @@ def test_the_commands_of_the_page_compare_an_own_model_on_own_rows_with_lora(tmp
     words = [path for word in sides for path in (sorted(tmp_path.glob(word)) if "*" in word else [word])]
     code, out, err = script("scripts/compare.py", *words)
     assert (code, "exact_match" in out) == (0, True), err
+
+
+def test_the_cells_of_a_sweep_hash_a_file_once(tickets, tmp_path, monkeypatch):
+    os.utime(tickets, (1, 1))
+    hashed, whole = [], storage.sha256
+    monkeypatch.setattr(storage, "sha256", lambda path: hashed.append(path) or whole(path))
+    for seed in range(3):
+        compose.compose_config([*WORDS, f"task.files={tickets}", f"cache={tmp_path}/cache", f"seed={seed}"])
+    assert hashed == [tickets]
 
 
 def test_the_id_has_the_rows_and_not_their_place(tickets, tmp_path):

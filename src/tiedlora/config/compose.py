@@ -171,7 +171,7 @@ def complete(config: Config) -> Config:
         train = replace(train, init_from=str(folder), init_digest=adapter_digest(folder))
     # A recorded configuration has all arguments of another method. To search those of a budget again would load PEFT.
     has_arguments = config.tying.resolved is not None
-    config = complete_method(replace(config, train=train, task=_complete_task(config.task)))
+    config = complete_method(replace(config, train=train, task=_complete_task(config)))
     check(config)
     if config.budget is not None and not has_arguments:
         config = at_budget(config)
@@ -189,7 +189,7 @@ def complete(config: Config) -> Config:
     return config
 
 
-def _complete_task(task: TaskConfig) -> TaskConfig:
+def _complete_task(config: Config) -> TaskConfig:
     """The task with what decides its rows, and with the chat template that chat messages need (task=rows).
 
     A shell hardly gives a line feed, so `\\n` in a template or in what ends an answer is one.
@@ -197,6 +197,7 @@ def _complete_task(task: TaskConfig) -> TaskConfig:
     Raises:
         UserError: a file of rows cannot be read.
     """
+    task = config.task
     if task.kind == OWN_ROWS:
         prompt, target, *stop = (text.replace("\\n", "\n") for text in (task.prompt, task.target, *task.stop))
         has_chat_template = task.chat_template or task.messages is not None
@@ -207,7 +208,8 @@ def _complete_task(task: TaskConfig) -> TaskConfig:
     if not task.rows_from:
         for split, file in files.items():
             try:
-                found[split] = storage.sha256(Path(file))
+                # Each cell of a sweep asks. A run hashes the whole file again when it reads the rows.
+                found[split] = storage.remembered_sha256(Path(file), Path(config.cache))
             except UserError as error:
                 raise UserError(f"task.files.{split}={error}; give a file that is here") from None
     if found and len(found) < len(SPLITS) and task.cluster is not None:
