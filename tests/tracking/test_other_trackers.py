@@ -78,6 +78,8 @@ def test_mlflow_reads_the_run_back(tiny_run, tmp_path):
 def test_only_one_worker_at_a_time_makes_the_tables_of_mlflows_database(tiny_config, tmp_path, monkeypatch):
     from tiedlora.tracking.mlflow import MlflowTracker
 
+    # mlflow itself sets it where a test has named a database.
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config, held = tiny_config("tracking=mlflow"), {}
     lock = Path(config.outputs) / ".mlflow.lock"
 
