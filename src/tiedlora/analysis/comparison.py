@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -213,21 +214,20 @@ def planned_sides(
     Raises:
         NotComparable: as `match`, of the first look's seeds.
     """
-    try:
+
+    def among(seeds: Collection[int] | None) -> Sides:
         # Read here, because one seed's damaged rows refuse all of them.
-        return PlannedSides(compare(method, comparator, measure, book, floor=floor).sides)
+        return compare(method, comparator, measure, book, floor=floor, among=seeds).sides
+
+    try:
+        return PlannedSides(among(None))
     except NotComparable as why:
         problem = str(why)
-    for number in reversed(range(len(plan.looks))):
-        usable = frozenset(plan.of_look(number))
-        try:
-            sides = compare(method, comparator, measure, book, floor=floor, among=usable).sides
-        except NotComparable:
-            if number == 0:
-                raise
-        else:
-            return PlannedSides(sides, usable, problem)
-    raise AssertionError("a plan has a look")
+    first, *later = (frozenset(plan.of_look(number)) for number in range(len(plan.looks)))
+    for usable in reversed(later):
+        with suppress(NotComparable):
+            return PlannedSides(among(usable), usable, problem)
+    return PlannedSides(among(first), first, problem)
 
 
 def _scores(run: Run, measure: Measure) -> list[ScoreRecord]:
