@@ -28,6 +28,7 @@ from typing import Any, ClassVar, cast
 
 import yaml
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from typing_extensions import override
 
 from tiedlora.errors import UserError
@@ -87,11 +88,11 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add the file's name to an OSError of the block, because a failed write to an open file does not name it."""
+    """Add the file's name to an error of the block, because a failed write to an open file does not name it."""
     try:
         yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
+    except (OSError, SafetensorError) as error:
+        error.filename = getattr(error, "filename", None) or str(path)  # type: ignore[union-attr]
         raise
 
 

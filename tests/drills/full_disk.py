@@ -27,8 +27,10 @@ import kill_run
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers.forks import forked
+from torch import Tensor
 
 from tiedlora.runs import run
+from tiedlora.training import checkpoint
 
 SIZE = 4 * 2**20
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -58,18 +60,25 @@ def child(disk: Path, journal: Path, fill_at: int | None = None, spare: int = 0)
     def act() -> None:
         count, file = 0, os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-        def hook(event: str, words: tuple[Any, ...]) -> None:
+        def before_write(path: Path) -> None:
             nonlocal count
-            if event != "open" or not isinstance(words[0], str) or not words[2] & (os.O_WRONLY | os.O_RDWR):
-                return
-            path = Path(words[0])
             if path.is_relative_to(disk) and path.name != "filler":
                 count += 1
                 os.write(file, f"{drilling.kind(path)}\n".encode())
                 if count == fill_at:
                     fill(disk, spare)
 
+        def hook(event: str, words: tuple[Any, ...]) -> None:
+            if event == "open" and isinstance(words[0], str) and words[2] & (os.O_WRONLY | os.O_RDWR):
+                before_write(Path(words[0]))
+
+        def save_file(tensors: dict[str, Tensor], path: Path) -> None:
+            before_write(path)
+            save_in_rust(tensors, path)
+
         sys.addaudithook(hook)
+        # Python does not see this library's writes.
+        save_in_rust, checkpoint.save_file = checkpoint.save_file, save_file
         run.main(kill_run.config(disk / "outputs"))
 
     code, told = forked(act, seconds=120)

@@ -3,9 +3,11 @@
 import itertools
 import math
 from dataclasses import replace
+from resource import RUSAGE_SELF, getrusage
 
 import pytest
 import torch
+from helpers.forks import forked
 from helpers.tiny import tiny, tying_option
 
 from tiedlora.adapter import attach
@@ -228,6 +230,20 @@ class TestCheckpoints:
         loop.state.step = 2
         checkpoint.save(tmp_path, loop.state, parts, loop.optimizer, INPUTS)
         assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+    def test_writing_one_copies_no_tensor(self, tmp_path):
+        large = {"w": torch.nn.Parameter(torch.ones(25_000_000))}
+        optimizer = torch.optim.AdamW(large.values())
+
+        def act():
+            before = getrusage(RUSAGE_SELF).ru_maxrss
+            checkpoint.save(tmp_path, TrainState(step=1), large, optimizer, INPUTS)
+            assert (tmp_path / "step-00000001" / "tensors.safetensors").stat().st_size > 100_000_000
+            # In kB. A copy would be 100 MB.
+            assert getrusage(RUSAGE_SELF).ru_maxrss - before < 50_000
+
+        code, told = forked(act)
+        assert code == 0, told
 
     @pytest.mark.parametrize(("saved", "own"), [("TAB", "TABuv"), ("TABuv", "TAB")])
     def test_another_configurations_checkpoint_is_passed_over(self, tmp_path, caplog, saved, own):

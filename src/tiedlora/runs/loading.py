@@ -259,7 +259,7 @@ def _attached(config: Config, base: BaseModel, rows: list[Encoded], world: World
         if config.tying.method == FULL:
             log.info(
                 "full fine-tuning: %.1f GB for weights, gradients and Adam's moments, beside activations; %.1f GB for "
-                "a checkpoint, twice that in memory while it is written; a step takes about 1.5 times an adapter's",
+                "a checkpoint; a step takes about 1.5 times an adapter's",
                 *(size * base.model.num_parameters() / 1e9 for size in (FULL_BYTES, CHECKPOINT_BYTES)),
             )
             return new_arm(base.model, spec), None

@@ -9,7 +9,6 @@ the dropout masks are pure functions of (seed, step), so a checkpoint needs no r
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Mapping
@@ -19,8 +18,7 @@ from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tiedlora import storage
@@ -67,16 +65,17 @@ def save(
 
     Raises:
         OSError: it could not be written; earlier checkpoints are unchanged.
+        SafetensorError: the same, in the library that writes the tensors.
     """
     tensors = _of_arm(parts, buffers)
     for name, parameter in parts.items():
         tensors |= {f"optimizer/{name}/{key}": value for key, value in optimizer.state[parameter].items()}
-    data = to_bytes({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
-    tree = {"progress": asdict(state), "facts": plain(inputs), "sha256": hashlib.sha256(data).hexdigest()}
-    tree["state_sha256"] = storage.json_sha256(tree)
     here = folder / f"step-{state.step:08d}"
     with storage.new_folder(here) as beside:
-        (beside / TENSORS).write_bytes(data)
+        # From the tensors' own memory. The library's `save` would copy all of them twice.
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, beside / TENSORS)
+        tree = {"progress": asdict(state), "facts": plain(inputs), "sha256": storage.sha256(beside / TENSORS)}
+        tree["state_sha256"] = storage.json_sha256(tree)
         storage.write_json(beside / STATE, tree)
     found = _newest_first(folder)
     # One of a later step was left out as damaged, because the run has not continued from it.
