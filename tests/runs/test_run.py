@@ -14,6 +14,7 @@ from helpers import processes
 from helpers.task_rows import write
 from helpers.tiny import folder_of, rows_of, score_more, tiny
 
+from tiedlora import other_methods
 from tiedlora.analysis.intervals import mean_loss
 from tiedlora.commands.train import next_steps
 from tiedlora.config.compose import compose_config
@@ -123,6 +124,22 @@ def test_the_next_command_keeps_what_both_arms_share(tiny_config, tmp_path, monk
     words = ["tying=LoRA", "tying.targets=[q]", "+tying.layers=[0]", "tying.dropout=0.1", "tying.A.share=2"]
     _, compare, _ = next_steps(config, Path(config.outputs) / "RUN", words).splitlines()
     assert "train.py 'tying.targets=[q]' '+tying.layers=[0]' tying.dropout=0.1 tying=TABuv &&" in compare
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ("VeraConfig", "use it in PEFT        X --to peft"),
+        ("full", "export it             X --to merged"),
+        ("Nola", "export it             X --to hub-card"),
+    ],
+)
+def test_the_next_command_exports_what_the_method_has(tiny_config, monkeypatch, method, says):
+    monkeypatch.setitem(other_methods.REGISTERED, "Nola", object())
+    config = tiny_config()
+    config = replace(config, tying=replace(config.tying, method=method))
+    *_, export = next_steps(config, Path(config.outputs) / "RUN", []).splitlines()
+    assert export.strip() == says.replace("X", f"python scripts/export.py {Path(config.outputs) / 'RUN'}")
 
 
 def test_generated_rows_are_made_again_where_their_generator_changed(finished_run, monkeypatch):

@@ -17,6 +17,7 @@ from tiedlora.config import compose, own_model
 from tiedlora.config.explain import readable_errors
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config
+from tiedlora.other_methods import FULL, REGISTERED
 from tiedlora.places import CONF
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
@@ -60,11 +61,14 @@ def next_steps(config: Config, folder: Path, words: Sequence[str]) -> str:
     run_name, outputs = (shlex.quote(_shown(path)) for path in (folder, Path(config.outputs)))
     other = "TABuv" if config.tying.name == "LoRA" else "LoRA"
     shared = [word for word in words if not _OF_THIS_ARM.match(word)]
+    # PEFT knows neither all weights nor the methods that another program has registered.
+    method = config.tying.method
+    form = "merged" if method == FULL else "hub-card" if method in REGISTERED else "peft"
     lines = {
         "ask it": f"python scripts/generate.py {run_name}",
         f"compare with {other}": f"python train.py {shlex.join([*shared, f'tying={other}'])} && "
         f"python scripts/report.py {outputs}",
-        "use it in PEFT": f"python scripts/export.py {run_name} --to peft",
+        "use it in PEFT" if form == "peft" else "export it": f"python scripts/export.py {run_name} --to {form}",
     }
     return "\n".join(f"  {what:<22}{command}" for what, command in lines.items())
 
