@@ -425,7 +425,8 @@ def _decide(claim: Claim, zero: str, found: PlannedSides, ended: Mapping[str, se
         return undecided(reason, Next(needs))
     for number in range(len(plan.looks)):
         declared = plan.of_look(number)
-        if needed := before_look(claim, found, number, ended, looks):
+        taken = {look.number: look.seeds for look in looks}
+        if needed := before_look(claim, found, number, ended, taken):
             if number == 0 and needed.lacking:
                 common = set(declared).intersection(*ended.values())
                 reason = f"before the first look: {len(common)} of {plan.looks[0]} seeds"

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from tiedlora.analysis import rules
 from tiedlora.analysis.claims import Claim
 from tiedlora.analysis.comparison import PlannedSides
 from tiedlora.analysis.rules import Sides
 from tiedlora.text import number_list
-
-if TYPE_CHECKING:
-    from tiedlora.analysis.answers import Look
 
 
 @dataclass(frozen=True)
@@ -26,27 +22,31 @@ class Next:
 
 
 def before_look(
-    claim: Claim, found: PlannedSides, number: int, ended: Mapping[str, set[int]], looks: Sequence[Look]
+    claim: Claim, found: PlannedSides, number: int, ended: Mapping[str, set[int]], taken: Mapping[int, int]
 ) -> Next | None:
-    """What is needed before the look with this number can be taken; None if it can."""
+    """What is needed before the look with this number can be taken; None if it can.
+
+    Args:
+        ended: group -> its seeds that have ended.
+        taken: the number of each earlier look that was taken -> how many of its seeds all sides have.
+    """
     declared, count = set(claim.plan.of_look(number)), claim.plan.looks[number]
     if claim.shared_seeds(number):
         return Next(f"a larger seed_offset: with {count} seeds, both sides would have the same runs")
     if not all(declared <= own for own in ended.values()):
-        return _wait_for(claim, found.sides, number, ended, looks)
+        return _wait_for(claim, found.sides, number, ended, taken)
     if found.usable is not None and not declared <= found.usable:
         return Next(f"scores of the look at {count} seeds that can be compared: {found.problem}")
     return None
 
 
-def _wait_for(claim: Claim, sides: Sides, number: int, ended: Mapping[str, set[int]], looks: Sequence[Look]) -> Next:
+def _wait_for(claim: Claim, sides: Sides, number: int, ended: Mapping[str, set[int]], taken: Mapping[int, int]) -> Next:
     """What the look with this number still needs, and how likely it or a later one decides, by the last one's seeds."""
     plan, decide = claim.plan, next_look(claim, number, ended)
     lacking = {name: seeds for name, own in ended.items() if (seeds := set(plan.of_look(number)) - own)}
     # A prediction is from all seeds of a look, so none may have diverged.
-    if not looks or looks[-1].seeds < plan.looks[looks[-1].number]:
+    if not taken or taken[last := max(taken)] < plan.looks[last]:
         return Next(decide, None, lacking)
-    last = looks[-1].number
     chance = rules.chance_of_decision(claim.rule, sides.of(plan.of_look(last)), plan, last)
     if chance < rules.FUTILE:
         return Next(f"no planned look is likely to change it (chance {100 * chance:.0f} %)", chance)
