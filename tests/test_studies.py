@@ -9,6 +9,7 @@ from tiedlora.config.compose import read_config
 from tiedlora.config.identity import arm_of, run_id
 from tiedlora.config.sizes import trainable_params
 from tiedlora.config.trial_arm import own_values
+from tiedlora.other_methods import FULL
 from tiedlora.page import figures, readme, write
 from tiedlora.places import PROJECT
 from tiedlora.records.run_record import read_record
@@ -18,9 +19,9 @@ from tiedlora.sweeps.study import read_study
 STUDIES = sorted(path.parent for path in (PROJECT / "studies").glob("*/study.yaml"))
 SHOWN_IN_FRONT = "sharing-against-lora"
 """The study whose numbers the project's README has."""
-LARGEST_BYTES = 55_000_000
-"""Of all studies together: 26 MB of the first, 18 MB of sharing-against-lora, 0.3 MB of the third, and up to 10 MB of
-does-it-hold, whose records are packed when it has ended."""
+LARGEST_BYTES = 70_000_000
+"""Of all studies together: 26 MB of the first, 18 MB of sharing-against-lora, 0.3 MB of the third, and up to 25 MB of
+does-it-hold (0.09 MB a run), whose records are packed when it has ended."""
 FINISHED = {"README.md", "appendix.md", "study.yaml", "claims.yaml", "control.yaml", "records.tar.xz"}
 """The files of a finished study. control.yaml is a second file of claims, which compares LoRA with itself."""
 
@@ -57,7 +58,10 @@ def test_an_arm_has_one_label_size_and_style_from_its_configuration_and_from_its
         assert own == arm
         assert (own.label, own.short, own.word) == (arm.label, arm.short, arm.word)
         assert figures.style(own) == figures.style(arm)
-        assert trainable_params(config) == record.trainable_params == (arm.params or record.trainable_params)
+        # All weights of a model are counted when it is loaded.
+        known = None if config.tying.method == FULL else record.trainable_params
+        assert trainable_params(config) == known
+        assert record.trainable_params == (arm.params or record.trainable_params)
         assert record.run_id == run_id(config) == path.parent.name
         shorts.add(arm.short)
     assert shorts >= {"LoRA r 1, 22 layers", "LoRA r 8 (shuffled targets)", "TA r 8 (reward)", "peft/tinylora (reward)"}
