@@ -293,6 +293,20 @@ def test_choices_are_a_list_columns_or_a_column_with_a_list():
     assert one({**row, "topic": 24, "both": [8, 2, 24]}, "task.choices=both", metrics).target == " 24"
 
 
+def test_rows_go_by_their_numbers_if_an_id_repeats(tmp_path):
+    rows = [{"id": number % 9, **row} for number, row in enumerate(ROWS)]
+    paths = {split: write_lines(tmp_path / f"{split}.jsonl", rows) for split in ("repeated", "other")}
+    write_lines(paths["other"], [{"id": f"row {number}", "text": f"t{number}", "topic": "a"} for number in range(3)])
+    whole = own_task(f"task.files={{train: {paths['repeated']}, validation: {paths['other']}}}")
+    assert [example.id for example in load_examples(whole, "train", None)] == [str(number) for number in range(40)]
+    assert [example.id for example in load_examples(whole, "validation", None)] == ["row 0", "row 1", "row 2"]
+    cut = own_task(f"task.files={paths['repeated']}")
+    parts = {split: load_examples(cut, split, None) for split in SPLITS}
+    assert sorted(example.prompt for part in parts.values() for example in part) == sorted(
+        example.prompt for example in load_examples(whole, "train", None)
+    )
+
+
 def test_a_column_without_a_name_ties_no_rows(tmp_path):
     """A line that ends in a comma, or an index of pandas."""
     path = write_table(tmp_path / "a.csv", [{**row, "": "0"} for row in ROWS])

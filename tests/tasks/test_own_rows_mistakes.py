@@ -83,11 +83,11 @@ FILE_MISTAKES = {  # name of the file, its content, more words -> what the messa
     "an empty prompt": ("a.csv", "text,topic\n ,a\n", "", "a.csv:2: the prompt is empty: text hold no text"),
     "a target of two lines": ("a.csv", 'text,topic\nx,"a\nb"\n', "", "a.csv:2: the target holds '\\n', at which an"),
     "a target of no number": ("a.csv", PLAIN, "task.normalise=number", "a.csv:2: nothing is left of the target 'a' by"),
-    "an id twice": (
-        "a.csv",
-        "id,text,topic\n1,x,a\n1,y,b\n2,z,c\n3,u,d\n",
-        "task.validation_from_train=1",
-        "id '1' was",
+    "a target of which ROUGE sees nothing": (
+        "a.jsonl",
+        '{"text": "x", "topic": "\\u5929\\u6c14"}\n',
+        "task.metrics=[chrf,rougeL]",
+        "a.jsonl:1: ROUGE sees nothing of the target '天气', because rouge-score reads only a to z and digits",
     ),
     "too few rows": ("a.csv", "text,topic\nx,a\ny,b\n", "", "of 2 different rows, none is left for train"),
     "all for validation": ("a.csv", PLAIN, "task.validation_from_train=3", "must be less than the 3 train rows"),
@@ -98,6 +98,14 @@ FILE_MISTAKES = {  # name of the file, its content, more words -> what the messa
         "CHOICE task.choices=[a,b]",
         "a.csv:4: ",
         "is 'c', which is no choice of a, b",
+    ),
+    "choices without quotes in YAML": (
+        "a.csv",
+        PLAIN,
+        "CHOICE task.choices=[true,false]",
+        "a.csv:2: ",
+        "is 'a', which is no choice of True, False, ",
+        "; a YAML file reads yes and no as True and False, so write them in quotes",
     ),
     "one choice": (
         "a.csv",

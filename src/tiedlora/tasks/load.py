@@ -181,12 +181,18 @@ def _examples(task: Task, rows: list[DataRow]) -> Iterator[Example]:
 
 
 def _ids(task: Task, rows: Sequence[DataRow]) -> list[str]:
-    """The id of each row. Raises UserError if one is empty or was used before."""
+    """The id of each row. Own rows are numbered if theirs repeat, because rows of the hub cannot be changed.
+
+    Raises:
+        UserError: an id is empty, or repeats in the rows of another task.
+    """
     places: dict[str, str] = {}
     for number, row in enumerate(rows):
         id = task.row_id(row, number)
         if not id.strip():
             raise UserError(f"{row.where}: the id is empty; give each row its own, or leave the field out")
+        if id in places and task.reads_own_rows:
+            return [str(number) for number in range(len(rows))]
         if id in places:
             raise UserError(f"{row.where}: the id '{id}' was used before, at {places[id]}; make ids unique")
         places[id] = row.where

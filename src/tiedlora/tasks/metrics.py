@@ -89,6 +89,11 @@ def rouge(names: tuple[str, ...], output: str, references: Sequence[str], use_st
     return {name: float(scores[name].fmeasure) for name in names}
 
 
+def has_rouge_words(text: str) -> bool:
+    """Whether ROUGE sees anything of a text. Its words have the letters a to z and digits, so it is 0 for Chinese."""
+    return re.search("[a-z0-9]", text.lower()) is not None
+
+
 @functools.cache
 def _rouge_scorer(names: tuple[str, ...], use_stemmer: bool) -> RougeScorer:
     from rouge_score.rouge_scorer import RougeScorer  # takes more than a second  # noqa: PLC0415

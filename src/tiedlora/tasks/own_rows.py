@@ -30,6 +30,7 @@ from tiedlora.tasks.metrics import (
     corpus_score,
     corpus_signature,
     exact_match,
+    has_rouge_words,
     rouge,
     rouge_signature,
     token_f1,
@@ -243,6 +244,11 @@ class OwnRows(Task):
             raise RowError(f"the target holds {stop!r}, at which an answer ends; set task.stop=[] or another end")
         if {*NORMALISED} & {*self.metrics} and not FORMS[self.config.normalise](target):
             raise RowError(f"nothing is left of the target {target!r:.80} by task.normalise={self.config.normalise}")
+        if {*ROUGES} & {*self.metrics} and not has_rouge_words(target):
+            raise RowError(
+                f"ROUGE sees nothing of the target {target!r:.80}, because rouge-score reads only a to z and digits; "
+                "choose task.metrics=[chrf]"
+            )
         return example
 
     def _with_choices(self, row: DataRow, id: str) -> Example:
@@ -262,9 +268,10 @@ class OwnRows(Task):
         elif numbered is not None:
             correct = numbered
         else:
+            hint = "; a YAML file reads yes and no as True and False, so write them in quotes"
             raise RowError(
                 f"the field {name!r} is {answer!r:.80}, which is no choice of {', '.join(texts):.200}, and no number "
-                f"of one from 0 to {len(texts) - 1}"
+                f"of one from 0 to {len(texts) - 1}{hint if {'True', 'False'} & {*texts} else ''}"
             )
         choices = tuple(render(config.target, row.with_fields(**{name: text})) for text in texts)
         return Example(id, prompt, choices[correct], (str(correct),), choices)
