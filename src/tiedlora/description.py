@@ -21,5 +21,11 @@ class BaseModelRecord:
     quantization: StoredText | None = None
     """nf4 or int8, if its linear layers are quantised after loading; the digest is that of the files."""
 
+    @property
+    def version(self) -> str | None:
+        """What a program of the hub loads exactly this model by: its commit; of a model from elsewhere, its revision."""
+        kind, _, commit = (self.digest or "").partition(":")
+        return commit if kind == "commit" else self.revision
+
     def __str__(self) -> str:
         return f"{self.name} at {self.revision} ({self.digest}{f', {self.quantization}' if self.quantization else ''})"

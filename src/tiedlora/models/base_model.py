@@ -52,8 +52,6 @@ class BaseModel:
     model: Any
     tokenizer: Any
     record: BaseModelRecord
-    digest_is_known: bool = True
-    """False if the hub gave no commit. Then the digest does not identify the weights."""
     token_files: dict[bool, str | None] = field(default_factory=dict)
     """Whether a task uses a chat template -> tokens_digest of the files when they were loaded."""
 
@@ -83,6 +81,7 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
         UserError: it cannot be loaded here (the message says how to get it), its sizes are not those of conf/model, or
             its logits are not those of its output head.
     """
+    config = own_model.with_commit(config)
     digest = known_digest(config, cache)
     token_files = {template: tokens_digest(config, template, cache) for template in (False, True)}
     own_model.quieten()
@@ -121,9 +120,9 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
         model.to(device)
     attention.use(model)
     output_head.check(model)
-    commit = getattr(model.config, "_commit_hash", None)
-    record = BaseModelRecord(config.name, config.revision, digest or f"commit:{commit}", config.quantization)
-    return BaseModel(model, tokenizer, record, digest is not None or commit is not None, token_files)
+    return BaseModel(
+        model, tokenizer, BaseModelRecord(config.name, config.revision, digest, config.quantization), token_files
+    )
 
 
 def _check_tokens(model: Any, tokenizer: Any) -> None:
@@ -149,7 +148,9 @@ def load_tokenizer(config: ModelConfig, cache: Path) -> Any:
     if config.source == "random":
         return _byte_tokenizer()
     folder = _folder(config, cache)
-    source, revision = (str(folder), {}) if folder else (config.name, {"revision": config.revision})
+    source, revision = str(folder), {}
+    if folder is None:
+        source, revision = config.name, {"revision": own_model.with_commit(config).commit}
     try:
         return AutoTokenizer.from_pretrained(source, **revision, trust_remote_code=False)
     except Exception as error:  # as in _pretrained
@@ -180,7 +181,7 @@ def _quantisation(model: Any) -> str | None:
 
 def _pretrained(config: ModelConfig, folder: Path | None, settings: dict[str, Any]) -> tuple[Any, Any]:
     source = str(folder) if folder else config.name
-    revision = {} if folder else {"revision": config.revision}
+    revision = {} if folder else {"revision": config.commit}
     part = "tokenizer"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **revision, trust_remote_code=False)

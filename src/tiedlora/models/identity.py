@@ -31,7 +31,7 @@ def known_digest(config: ModelConfig, cache: Path | None = None) -> str | None:
         cache: the configuration's cache folder; None hashes every file.
 
     Returns:
-        None for a model from the hub, because its commit is known only when it is loaded.
+        None for a model from the hub whose commit was not asked for yet.
 
     Raises:
         UserError: model.path is not a folder with safetensors, a file is missing, or its index names a file elsewhere;
@@ -40,7 +40,9 @@ def known_digest(config: ModelConfig, cache: Path | None = None) -> str | None:
     if not config.path:
         if config.source == "embedded":
             return f"gguf-sha256:{embedded_model(config.name).sha256}"
-        return "random:seed-0" if config.source == "random" else None
+        if config.source == "random":
+            return "random:seed-0"
+        return f"commit:{config.commit}" if config.commit else None
     if is_gguf(config.path):
         return f"gguf-sha256:{storage.remembered_sha256(Path(config.path), cache)}"
     folder = Path(config.path)

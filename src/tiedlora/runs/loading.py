@@ -237,9 +237,8 @@ def _encoded(read: RunRows, encoder: Encoder, base: BaseModel, cache: Path) -> d
     """Split -> its rows as token ids. How many do not fit is logged."""
 
     def fitted(split: str, examples: list[Example]) -> EncodedRows:
-        identified = base.record if base.digest_is_known else None
         with running_clock(f"encoding the {split} rows"):
-            encoded = load_or_encode(encoder, examples, read.digests[split], identified, cache)
+            encoded = load_or_encode(encoder, examples, read.digests[split], base.record, cache)
         if dropped := sorted(set(range(len(examples))) - set(encoded.kept)):
             first = examples[dropped[0]].id
             log.info("%d of %d %s rows do not fit, such as id %s", len(dropped), len(examples), split, first)

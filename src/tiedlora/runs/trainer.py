@@ -18,6 +18,7 @@ import torch
 from tiedlora import storage, tying
 from tiedlora.analysis.intervals import mean_loss
 from tiedlora.analysis.metrics import summarise
+from tiedlora.config import compose, own_model
 from tiedlora.config.check import check_new_run
 from tiedlora.config.identity import config_tree, identity
 from tiedlora.config.schema import FORGETTING, Config, ScoreConfig
@@ -78,6 +79,7 @@ def carry_out(config: Config, folder: RunFolder) -> RunRecord | None:
                 )
             return finished if world.is_first else None
         check_new_run(config)
+        config = _with_commit(config, folder, world)
         if world.is_first:
             check_tracker(config)
         else:
@@ -110,6 +112,23 @@ def carry_out(config: Config, folder: RunFolder) -> RunRecord | None:
             own.write_record(record)
             own.tidy()
             return record
+
+
+def _with_commit(config: Config, folder: RunFolder, world: World) -> Config:
+    """The configuration with the commit of a model of the hub: that with which the run began, if it continues.
+
+    Raises:
+        UserError: as own_model.with_commit.
+    """
+    model = config.model
+    if model.source != "hub" or model.path is not None:
+        return config
+    if model.commit is None and not config.force and folder.config_file.exists():
+        model = replace(model, commit=compose.read_config(folder.config_file).model.commit)
+    # All processes have the first one's, because the hub may have moved in between.
+    commit = world.gather(own_model.with_commit(model).commit)[0]
+    log.info("%s at %s is commit %s", model.name, model.revision, commit)
+    return replace(config, model=replace(model, commit=commit))
 
 
 @contextmanager
