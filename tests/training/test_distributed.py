@@ -199,6 +199,19 @@ def test_processes_that_stop_together_end_their_communication():
     in_world(act)
 
 
+def test_processes_on_gpus_connect_before_anything_fills_them(monkeypatch):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    said = []
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda _: None)
+    monkeypatch.setattr(dist, "get_default_backend_for_device", lambda _: "nccl")
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: said.append((backend, timeout)))
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: said.append((tensor.device.type, tensor.numel())))
+    with distributed.join_world("meta"):
+        assert said == [("cpu:gloo,meta:nccl", distributed.LONGEST_WAIT), ("meta", 1)]
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("ACCELERATE_USE_FSDP", "true"), ("ACCELERATE_USE_DEEPSPEED", "true"), ("WORLD_SIZE", "2")]
 )

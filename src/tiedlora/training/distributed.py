@@ -159,6 +159,10 @@ def join_world(device: str) -> Iterator[World]:
         # Gradients are summed where they are. Counts and votes stay on the CPU, so no step waits for its GPU.
         backend = f"cpu:gloo,{device}:{dist.get_default_backend_for_device(device)}"
     dist.init_process_group(backend, timeout=LONGEST_WAIT)
+    if device != "cpu":
+        # NCCL makes its buffers at the first message, and outside of torch's memory. The first one of training would
+        # come when activations may have filled the GPU.
+        dist.all_reduce(torch.zeros(1, device=device))
     try:
         yield world
     except StoppedEarly:
