@@ -7,6 +7,7 @@ factors in test_adapter.py.
 import random
 import shutil
 import string
+import sysconfig
 from types import SimpleNamespace
 
 import pytest
@@ -197,11 +198,13 @@ def test_only_a_gpu_with_wide_numbers_repeats_the_keys(settings, repeats, monkey
 
 
 @pytest.mark.parametrize(("device", "compiler"), [("cpu", "g++"), ("cuda", "gcc")])
-def test_blocks_are_compiled_where_it_pays_and_a_compiler_is_there(monkeypatch, device, compiler):
+def test_blocks_are_compiled_where_it_pays_and_a_compiler_is_there(monkeypatch, tmp_path, device, compiler):
     """On a CPU torch writes C++; on a GPU Triton compiles a launcher in C."""
     long = compiling.COMPILE_PAYS_FROM_FLOP[device] / 4
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(compiling, "has_triton", lambda: True)
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_, **__: str(tmp_path))
+    (header := tmp_path / "Python.h").touch()
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name == compiler else None)
     assert compiling.decide("auto", device, weights=1, tokens=long)
     assert not compiling.decide("auto", device, weights=1, tokens=0.9 * long)
@@ -210,6 +213,11 @@ def test_blocks_are_compiled_where_it_pays_and_a_compiler_is_there(monkeypatch, 
     assert not compiling.decide("auto", device, weights=1, tokens=long, slow_bfloat16=True)
     with pytest.raises(UserError, match=r"train\.compile=always: compiled blocks would be slow.*train\.dtype=float32"):
         compiling.decide("always", device, weights=1, tokens=1, slow_bfloat16=True)
+    header.unlink()
+    assert not compiling.decide("auto", device, weights=1, tokens=long)
+    with pytest.raises(UserError, match=r"train\.compile=always: there is no Python\.h .*python3-dev.* here; install it"):
+        compiling.decide("always", device, weights=1, tokens=1)
+    header.touch()
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert not compiling.decide("auto", device, weights=1, tokens=long)
     with pytest.raises(UserError, match=r"train\.compile=always: there is no C"):
