@@ -215,7 +215,9 @@ def test_blocks_are_compiled_where_it_pays_and_a_compiler_is_there(monkeypatch, 
         compiling.decide("always", device, weights=1, tokens=1, slow_bfloat16=True)
     header.unlink()
     assert not compiling.decide("auto", device, weights=1, tokens=long)
-    with pytest.raises(UserError, match=r"train\.compile=always: there is no Python\.h .*python3-dev.* here; install it"):
+    with pytest.raises(
+        UserError, match=r"train\.compile=always: there is no Python\.h .*python3-dev.* here; install it"
+    ):
         compiling.decide("always", device, weights=1, tokens=1)
     header.touch()
     monkeypatch.setattr(shutil, "which", lambda _: None)
