@@ -68,6 +68,7 @@ _NO_MEMORY = (
     "can't allocate memory",
     "not enough memory",
     "ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # cuBLAS starts at the first product, and finds no memory on a full GPU
     "bad_alloc",
     "Cannot allocate memory",
     "could not create a primitive",  # a product of oneDNN

@@ -1,6 +1,7 @@
 """The forecast of a sweep's cost: its arithmetic against the models themselves, and its sums."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from statistics import mean
@@ -9,7 +10,7 @@ import pytest
 import torch
 from helpers.hostile import put
 from helpers.sweeping import compose_sweep
-from helpers.tiny import TINY, model_option, tiny
+from helpers.tiny import TINY, folder_of, model_option, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from tiedlora.config.compose import compose_config
@@ -84,10 +85,23 @@ def test_a_large_vocabulary_costs_its_head(tiny_config):
     small, large = (tiny_config(f"model.architecture.vocabulary={size}").model.architecture for size in (300, 262_144))
     extra = arithmetic.training_flop(large, 100, 20) - arithmetic.training_flop(small, 100, 20)
     assert extra == 2 * arithmetic.head_flop(large, 20) * (1 - 300 / 262_144)
-    gemma = tiny_config("model.architecture.vocabulary=262144", "train.dtype=bfloat16")
+    gemma = tiny_config("model.architecture.vocabulary=262144", "train.dtype=bfloat16", "train.device=cpu")
     assert arithmetic.loss_bytes(gemma, 2048) == 256 * 262_144 * 6
     gemma.train.loss_memory_mb = 100
     assert arithmetic.loss_bytes(gemma, 2048) == 100_000_000
+
+
+@pytest.mark.parametrize(
+    ("device", "has_driver", "rows"),
+    [("auto", False, 256), ("auto", True, 600), ("cpu", True, 256), ("cuda:1", False, 600), ("mps", False, 600)],
+)
+def test_a_chunk_of_the_loss_is_larger_on_a_gpu(tiny_config, tmp_path, monkeypatch, device, has_driver, rows):
+    monkeypatch.setattr(arithmetic, "GPU_DRIVERS", (tmp_path / "none", driver := tmp_path / "driver"))
+    if has_driver:
+        driver.touch()
+    config = tiny_config()
+    config.train.device = device
+    assert arithmetic.loss_bytes(config, 600) == rows * 4 * config.model.architecture.vocabulary
 
 
 def test_finished_runs_forecast_themselves(tiny_run):
@@ -111,6 +125,20 @@ def test_finished_runs_forecast_themselves(tiny_run):
     assert forecast.observed_speeds(config).scoring == computed.scoring, "answers are not free"
     put(swept.cells[0].folder.path, "config.model", {})
     assert forecast.observed_speeds(config) is None, "a damaged record"
+
+
+def test_only_runs_on_the_device_of_the_newest_one_count(finished_run, tiny_config):
+    folders = [folder_of(finished_run("train.steps=2", f"seed={seed}")) for seed in range(3)]
+    for age, (folder, device) in enumerate(zip(folders, ("a GPU", "a GPU", "cpu"), strict=True)):
+        put(folder.path, "execution.device", device)
+        put(folder.path, "training.tokens_per_s", 1000.0 if device == "a GPU" else 10.0)
+        os.utime(folder.result_file, (age, age))
+    config = tiny_config("train.steps=2")
+    assert forecast.observed_speeds(config).training == 10
+    os.utime(folders[0].result_file, (9, 9))
+    found = forecast.observed_speeds(config)
+    assert found.training == 1000
+    assert found.source.startswith("2 finished runs (a GPU")
 
 
 def test_without_finished_runs_the_arithmetic_at_a_rate_decides(tiny_config):

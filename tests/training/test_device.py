@@ -15,7 +15,7 @@ from tiedlora.config.identity import run_id
 from tiedlora.config.schema import TrainConfig
 from tiedlora.models import device
 from tiedlora.records.provenance import Execution
-from tiedlora.runs import run, trainer, verify
+from tiedlora.runs import run, trainer, verify, verify_scores
 from tiedlora.scoring.split import Scorer
 from tiedlora.training import checkpoint
 from tiedlora.training.checkpoint import RunInputs
@@ -73,9 +73,18 @@ def test_deterministic_switches_torch_for_the_run_only(tiny_config, monkeypatch)
     )
     run.main(tiny_config("train.deterministic=true", "score.splits=[test]", "score.metrics=[target_loss]"))
     added = len(later)
+    loading, load_base = [], verify_scores.load_base
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    # The base model is the first that computes, and cuBLAS reads the variable when it starts.
+    monkeypatch.setattr(
+        verify_scores,
+        "load_base",
+        lambda *of: loading.append("CUBLAS_WORKSPACE_CONFIG" in os.environ) or load_base(*of),
+    )
     assert all(finding.ok is not False for finding in verify.verify(folder_of(wished).path))
     assert 0 < added < len(later)
     assert all(later)
+    assert loading == [True]
     assert not torch.are_deterministic_algorithms_enabled()
 
 

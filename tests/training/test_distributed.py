@@ -1,16 +1,19 @@
 """Several processes train, validate, score, stop and resume as one process does, also if they share the base model."""
 
+import errno
 import os
+import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.forks import forked_world
 from helpers.tiny import folder_of, losses_of, rows_of, tiny
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from tiedlora.adapter import attach
-from tiedlora.errors import UserError
+from tiedlora.errors import Paused, UserError
 from tiedlora.records.rows import read_validation_losses
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, trainer
@@ -169,6 +172,44 @@ def test_memory_that_runs_out_in_one_process_is_known_in_all():
             in_shares(world, tiny("tiny_llama").model, [[0], [1]], rows_of)
 
     in_world(score)
+
+
+def test_a_process_that_fails_alone_ends_without_waiting_for_the_others(monkeypatch):
+    """NCCL's end of the communication waits for processes that wait for this one; gloo's does not."""
+
+    def act(rank):
+        monkeypatch.setattr(dist, "destroy_process_group", lambda: time.sleep(1000))
+        with distributed.join_world("cpu") as world:
+            if rank == 1:
+                raise OSError(errno.ENOSPC, "no space", "result.json")
+            world.any(False)
+
+    (other, _), (code, told) = forked_world(act, seconds=30)
+    assert code == 2, told
+    assert "result.json: the disk is full" in told
+    assert other not in (0, -14), "neither finished nor waiting"
+
+
+def test_processes_that_stop_together_end_their_communication():
+    def act(_rank):
+        with pytest.raises(Paused), distributed.join_world("cpu"):
+            raise Paused
+        assert not dist.is_initialized()
+
+    in_world(act)
+
+
+def test_processes_on_gpus_connect_before_anything_fills_them(monkeypatch):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    said = []
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda _: None)
+    monkeypatch.setattr(dist, "get_default_backend_for_device", lambda _: "nccl")
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: said.append((backend, timeout)))
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: said.append((tensor.device.type, tensor.numel())))
+    with distributed.join_world("meta"):
+        assert said == [("cpu:gloo,meta:nccl", distributed.LONGEST_WAIT), ("meta", 1)]
 
 
 @pytest.mark.parametrize(

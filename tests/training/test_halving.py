@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tiedlora.config.identity import run_id
 from tiedlora.data.encoding import Encoded
-from tiedlora.errors import UserError
+from tiedlora.errors import UserError, is_out_of_memory
 from tiedlora.records.rows import read_metrics, read_validation_losses
 from tiedlora.runs import run, trainer
 
@@ -38,6 +38,18 @@ def too_small(monkeypatch, name, tokens, from_call=1, backward=False):
 
 def refuse():
     raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+
+@pytest.mark.parametrize(
+    ("status", "is_memory"),
+    [
+        ("ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("NOT_INITIALIZED when calling `cublasCreate(handle)`", True),
+        ("EXECUTION_FAILED when calling `cublasSgemm(handle)`", False),
+    ],
+)
+def test_what_cublas_says_on_a_full_gpu_is_known(status, is_memory):
+    assert is_out_of_memory(RuntimeError(f"CUDA error: CUBLAS_STATUS_{status}")) is is_memory
 
 
 @pytest.mark.parametrize("backward", [False, True])

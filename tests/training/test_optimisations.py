@@ -7,11 +7,14 @@ factors in test_adapter.py.
 import random
 import shutil
 import string
+import sysconfig
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.tiny import TINY, adapted, generate, tiny
 from torch.nn import functional as F
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tiedlora.data.batching import collate, microbatches
 from tiedlora.data.encoding import Encoded
@@ -146,12 +149,62 @@ def test_compiled_blocks_share_one_graph_whatever_the_batch_and_change_nothing(n
     assert not base.model.get_input_embeddings()._forward_hooks
 
 
+@EXACT
+@pytest.mark.parametrize("key_heads", [1, 2, 6])
+def test_attention_by_repeated_keys_is_transformers(dtype, tolerance, key_heads):
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(3, heads, 11, 8, generator=generator, dtype=dtype).requires_grad_()
+        for heads in (6, key_heads, key_heads)
+    ]
+    module = SimpleNamespace(num_key_value_groups=6 // key_heads)
+    plain = sdpa_attention_forward(module, *inputs, None, scaling=0.3)[0].transpose(1, 2)
+    ours = attention.by_repeated_keys(*inputs, scale=0.3)
+    weight = torch.randn(plain.shape, generator=generator, dtype=dtype)
+    assert close([ours], [plain], tolerance)
+    assert close(*(torch.autograd.grad((out * weight).sum(), inputs) for out in (ours, plain)), tolerance)
+
+
+@pytest.mark.parametrize(
+    ("settings", "repeats"),
+    [
+        ({}, True),
+        ({"dtype": torch.bfloat16}, False),
+        ({"device": "cpu"}, False),
+        ({"is_causal": False}, False),
+        # A pass that answers with a cache: the weights are one row a head.
+        ({"new": 1}, False),
+    ],
+)
+def test_only_a_gpu_with_wide_numbers_repeats_the_keys(settings, repeats, monkeypatch):
+    """torch has a kernel with shared keys for 16-bit types alone."""
+    kind = {"device": "meta", "dtype": torch.float32, "new": 5, "is_causal": None} | settings
+    asked, plain = [], F.scaled_dot_product_attention
+
+    def noted(query, key, value, **named):
+        asked.append((key.shape[1], named.get("enable_gqa", False), named["is_causal"]))
+        return plain(query, key, value, **named)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    module = SimpleNamespace(num_key_value_groups=3)
+    query, key, value = (
+        torch.zeros(2, heads, tokens, 8, device=kind["device"], dtype=kind["dtype"])
+        for heads, tokens in ((6, kind["new"]), (2, 5), (2, 5))
+    )
+    mixed, _ = attention.attend(module, query, key, value, None, is_causal=kind["is_causal"])
+    assert mixed.shape == (2, kind["new"], 6, 8)
+    assert mixed.is_contiguous()
+    assert asked == [(6, False, True) if repeats else (2, True, kind["new"] > 1 and kind["is_causal"] is None)]
+
+
 @pytest.mark.parametrize(("device", "compiler"), [("cpu", "g++"), ("cuda", "gcc")])
-def test_blocks_are_compiled_where_it_pays_and_a_compiler_is_there(monkeypatch, device, compiler):
+def test_blocks_are_compiled_where_it_pays_and_a_compiler_is_there(monkeypatch, tmp_path, device, compiler):
     """On a CPU torch writes C++; on a GPU Triton compiles a launcher in C."""
     long = compiling.COMPILE_PAYS_FROM_FLOP[device] / 4
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(compiling, "has_triton", lambda: True)
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_, **__: str(tmp_path))
+    (header := tmp_path / "Python.h").touch()
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name == compiler else None)
     assert compiling.decide("auto", device, weights=1, tokens=long)
     assert not compiling.decide("auto", device, weights=1, tokens=0.9 * long)
@@ -160,6 +213,13 @@ def test_blocks_are_compiled_where_it_pays_and_a_compiler_is_there(monkeypatch, 
     assert not compiling.decide("auto", device, weights=1, tokens=long, slow_bfloat16=True)
     with pytest.raises(UserError, match=r"train\.compile=always: compiled blocks would be slow.*train\.dtype=float32"):
         compiling.decide("always", device, weights=1, tokens=1, slow_bfloat16=True)
+    header.unlink()
+    assert not compiling.decide("auto", device, weights=1, tokens=long)
+    with pytest.raises(
+        UserError, match=r"train\.compile=always: there is no Python\.h .*python3-dev.* here; install it"
+    ):
+        compiling.decide("always", device, weights=1, tokens=1)
+    header.touch()
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert not compiling.decide("auto", device, weights=1, tokens=long)
     with pytest.raises(UserError, match=r"train\.compile=always: there is no C"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tiedlora.config.schema import Config
 from tiedlora.other_methods import FULL
 from tiedlora.tying import Architecture, target_shape
@@ -10,6 +12,8 @@ UNGATED_FAMILIES = ("gpt2", "gpt_neox")
 """Families whose feed-forward block has two products; others have a third one, the gate."""
 CPU_CHUNK_ROWS = 256
 """The most positions of a chunk of the loss on a CPU. They are enough for the full speed of matrix products."""
+GPU_DRIVERS = tuple(map(Path, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
+"""A driver of a GPU has made one of these (NVIDIA's, AMD's, that of WSL). To ask torch would cost a plan seconds."""
 PROCESS_BYTES = 500_000_000
 """A process on a CPU that has imported torch and transformers, without a model. A GPU's peak does not include it."""
 
@@ -93,5 +97,6 @@ def loss_bytes(config: Config, tokens: int) -> int:
     """
     train = config.train
     row = config.model.architecture.vocabulary * (4 if train.dtype == "float32" else 6)
-    rows = tokens if train.device.startswith("cuda") else min(tokens, CPU_CHUNK_ROWS)
+    on_cpu = train.device == "cpu" or (train.device == "auto" and not any(map(Path.exists, GPU_DRIVERS)))
+    rows = min(tokens, CPU_CHUNK_ROWS) if on_cpu else tokens
     return max(row, min(rows * row, train.loss_memory_mb * 10**6))

@@ -212,7 +212,9 @@ def regenerate(run: CheckedRun, least: int) -> Iterator[Finding]:
         return
     try:
         device = set_up_device(here_or_auto(config.train.device), run.record.execution.threads)
-        base = load_base(config.model, config.train.dtype, device, Path(config.cache))
+        # Loading computes too, and is the first that does.
+        with computing_as(config.train, device):
+            base = load_base(config.model, config.train.dtype, device, Path(config.cache))
     except UserError as error:
         yield Finding("regenerate", None, f"the base model cannot be loaded here ({error})")
         return

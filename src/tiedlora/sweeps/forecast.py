@@ -109,7 +109,8 @@ def forecast(sweep_cells: Iterable[SweepCell], tflops: float = TFLOPS) -> tuple[
 def observed_speeds(config: Config, tflops: float = TFLOPS) -> Speeds | None:
     """The medians of the newest finished runs of the same model and task in the folder of outputs; None without one.
 
-    If none of them was scored, the speed of scoring is that of the arithmetic.
+    Only runs on the device of the newest one count: a median of a CPU's and a GPU's speeds is the speed of neither. If
+    none of them was scored, the speed of scoring is that of the arithmetic.
     """
     records: list[RunRecord] = []
     scored: list[RunScores] = []
@@ -120,6 +121,8 @@ def observed_speeds(config: Config, tflops: float = TFLOPS) -> Speeds | None:
             record = _record(path, times[path])
             identity, training = record.identity, record.training
             if (identity.model.name, identity.task.name) != (config.model.name, config.task.name):
+                continue
+            if records and record.execution.device != records[0].execution.device:
                 continue
             own = typed(record.config.tree)
             kinds = ((one.train.dtype, one.objective.name, one.tying.method == FULL) for one in (own, config))

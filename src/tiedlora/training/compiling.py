@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,12 +58,18 @@ def decide(wish: str, device: str, weights: int, tokens: float, slow_bfloat16: b
 def _missing_for_code(device: str) -> str:
     """What torch needs to compile for the device and does not find; empty if nothing is missing."""
     if device == "cpu":
-        return "" if shutil.which("g++") or shutil.which("clang++") else "C++ compiler (g++ or clang++)"
-    if not has_triton():
+        has_compiler, compiler = shutil.which("g++") or shutil.which("clang++"), "C++ compiler (g++ or clang++)"
+    elif not has_triton():
         return "Triton for this GPU"
-    # Triton compiles a launcher in C for every kernel. Small container images have no compiler.
-    has_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return "" if has_compiler else "C compiler (gcc or clang)"
+    else:
+        # Triton compiles a launcher in C for every kernel. Small container images have no compiler.
+        has_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        compiler = "C compiler (gcc or clang)"
+    if not has_compiler:
+        return compiler
+    # The code of both includes it. Ubuntu's Python comes without.
+    header = Path(sysconfig.get_path("include", scheme="posix_prefix"), "Python.h")
+    return "" if header.exists() else "Python.h (Python's headers, python3-dev)"
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from tiedlora.errors import UserError
+from tiedlora.errors import StoppedEarly, UserError
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class World:
     def leave(self) -> None:
         """End the communication. Every process calls this at the same point, after the last message.
 
-        A process that ended its part of NCCL alone would wait in it for the others, and theirs would fail.
+        With NCCL, a process that does so alone waits here for the others, for up to LONGEST_WAIT.
         """
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
@@ -124,6 +124,8 @@ ALONE = World()
 @contextmanager
 def join_world(device: str) -> Iterator[World]:
     """Join the processes that torchrun or accelerate started; without them, this is the only process.
+
+    The communication ends with the block, if all processes end it: as usual, or stopped after a step.
 
     Args:
         device: the type of device that the run uses. Tensors on GPUs are summed with NCCL, and all others with gloo.
@@ -157,10 +159,18 @@ def join_world(device: str) -> Iterator[World]:
         # Gradients are summed where they are. Counts and votes stay on the CPU, so no step waits for its GPU.
         backend = f"cpu:gloo,{device}:{dist.get_default_backend_for_device(device)}"
     dist.init_process_group(backend, timeout=LONGEST_WAIT)
+    if device != "cpu":
+        # NCCL makes its buffers at the first message, and outside of torch's memory. The first one of training would
+        # come when activations may have filled the GPU.
+        dist.all_reduce(torch.zeros(1, device=device))
     try:
         yield world
-    finally:
+    except StoppedEarly:
+        # All have stopped after the same step. After any other error this process may be the only one that ends. It
+        # must not wait for the others, who wait for it: torchrun ends them when it has ended.
         world.leave()
+        raise
+    world.leave()
 
 
 def _warn_of_lost_signals() -> None:
