@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet
 import pytest
 from helpers.hostile import refused
 from helpers.task_rows import GOOD, TINY, WORDS, one_example
@@ -288,6 +289,34 @@ def test_rows_of_the_hub_whose_answers_are_hidden_are_compared_and_not_scored(hi
     assert len(load_examples(task, "validation", None)) == 4
     with pytest.raises(UserError, match=r"^test: "):
         load_examples(task, "test", None)
+
+
+@pytest.mark.parametrize("from_hub", [True, False], ids=["hub", "file"])
+def test_a_class_has_its_name_and_pictures_and_sounds_stay_encoded(from_hub, tmp_path, monkeypatch):
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "topic": datasets.ClassLabel(names=["neg", "pos"]),
+            "picture": datasets.Image(),
+            "sounds": datasets.List(datasets.Audio()),
+            "film": {"film": datasets.Video()},
+        }
+    )
+    film = {"bytes": b"no film", "path": None}
+    more = {"picture": film, "sounds": [film], "film": {"film": film}}
+    rows = [{"text": f"t{n}", "topic": topic, **more} for n, topic in enumerate([1, 0, -1, None])]
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "org" / "name" / "train.parquet"
+    path.parent.mkdir(parents=True)
+    # To write them with `datasets` would need the packages that decode.
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=features.arrow_schema), path)
+    choices = ("task.choices=[pos,neg]", "task.metrics=[choice_accuracy]")
+    task = own_task("task.hub.id=org/name" if from_hub else f"task.files={path}", *choices)
+    found = task.rows("train", None)
+    assert [row["topic"] for row in found] == ["pos", "neg", None, None]
+    assert [row["picture"] for row in found] == [film] * 4
+    assert [task.example(row, "").references for row in found[:2]] == [("0",), ("1",)]
 
 
 # Templates, choices, messages and metrics.

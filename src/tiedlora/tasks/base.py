@@ -19,6 +19,7 @@ from tiedlora.tasks.rows import (
     hub_errors,
     read_json_lines,
     rows_folder,
+    table_rows,
     ways_to_get,
 )
 from tiedlora.text import nearest
@@ -157,7 +158,8 @@ class Task:
             import datasets  # hub_errors has imported it already, so this costs no time  # noqa: PLC0415
 
             table = datasets.load_dataset(hub.id, hub.subset, split=name, revision=hub.revision)
-        return [DataRow(f"{hub.id}[{name}] row {i}", dict(row)) for i, row in enumerate(table)]
+        rows = table_rows(table.to_iterable_dataset()) if self.reads_own_rows else table
+        return [DataRow(f"{hub.id}[{name}] row {i}", dict(row)) for i, row in enumerate(rows)]
 
     def row_id(self, row: DataRow, number: int) -> str:
         """The row's name in files of scores: its own id, or without one its number in the split (counted from 0)."""

@@ -16,11 +16,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tiedlora import storage
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
 
 PARQUET_BATCH = 1000
 """Rows that are read together."""
@@ -176,10 +179,27 @@ def _read_parquet(path: Path) -> list[DataRow]:
                 # By default it is the size of the first group of rows, and one of an empty file is refused.
                 batch_size=PARQUET_BATCH,
             )
-            return [DataRow(f"{path} row {number}", dict(row)) for number, row in enumerate(table, start=1)]
+            return [DataRow(f"{path} row {number}", row) for number, row in enumerate(table_rows(table), start=1)]
     # pyarrow's errors derive from these.
     except (OSError, ValueError, RuntimeError, TypeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({first_line(error)})") from None
+
+
+def table_rows(table: datasets.IterableDataset) -> Iterator[dict[str, Any]]:
+    """The rows of a table of `datasets`, with what a template can take.
+
+    A class has its name, and not its number, whose order only the table knows. A hidden one (-1) is None. Pictures,
+    sounds and films stay encoded: no template takes them, and decoding needs more packages.
+    """
+    import datasets  # as in _read_parquet  # noqa: PLC0415
+
+    table = table.decode(False)
+    classes = {name: kind for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)}
+    for row in table:
+        numbers = {name: row[name] for name in classes}
+        hidden = {name: None for name, number in numbers.items() if number in (None, -1)}
+        names = {name: classes[name].int2str(numbers[name]) for name in numbers.keys() - hidden.keys()}
+        yield {**row, **hidden, **names}
 
 
 def first_line(error: Exception) -> str:
