@@ -11,7 +11,9 @@ import csv
 import glob
 import io
 import json
+import re
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +23,16 @@ from typing import TYPE_CHECKING, Any
 from tiedlora import storage
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
+from tiedlora.text import nearest
 
 if TYPE_CHECKING:
     import datasets
 
 PARQUET_BATCH = 1000
 """Rows that are read together."""
+CONFIGURATIONS = re.compile(r"(?:available configs|Available): (\[.*\])")
+"""The list in an error of `datasets` about a data set of several configurations of which none, or no known one, was
+named."""
 LARGEST_VALUE = 2**31 - 1
 """The most characters of a value of a CSV file. The limit of Python's csv is 131,072."""
 
@@ -268,7 +274,7 @@ def reachable_hub(config: TaskConfig) -> Iterator[None]:
     """Turn an error of the hub into one line that says how to get the rows.
 
     Raises:
-        UserError: the block could not reach the hub.
+        UserError: the block could not reach the hub, or task.hub.subset names none of several configurations.
     """
     import datasets  # takes more than a second, and rows from a folder do not need it  # noqa: PLC0415
 
@@ -277,6 +283,13 @@ def reachable_hub(config: TaskConfig) -> Iterator[None]:
         yield
     # All errors of huggingface_hub and datasets for an unreachable hub or a missing file derive from these.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if listed := CONFIGURATIONS.search(str(error)):
+            subset, names = config.hub.subset, re.findall("'(.*?)'", listed[1])
+            what = "has several configurations" if subset is None else f"has no configuration {subset!r:.80}"
+            raise UserError(
+                f"task.hub.id={config.hub.id}: {what}; set task.hub.subset=NAME{nearest(subset or '', names)}; it has "
+                + textwrap.shorten(", ".join(names), 200, placeholder=" ...")
+            ) from None
         reason = first_line(error)
         raise UserError(
             f"task={config.name}: {config.hub.id} cannot be loaded ({reason}). {ways_to_get(config)}"
