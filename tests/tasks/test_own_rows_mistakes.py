@@ -93,6 +93,13 @@ FILE_MISTAKES = {  # name of the file, its content, more words -> what the messa
         "task.metrics=[chrf,rougeL]",
         "a.jsonl:1: ROUGE sees nothing of the target '天气', because rouge-score reads only a to z and digits",
     ),
+    "a target without blanks": (
+        "a.jsonl",
+        '{"text": "x", "topic": "\\u4eca\\u5929\\u7684\\u5929\\u6c14\\u771f\\u662f\\u5f88\\u597d\\u7684"}\n',
+        "task.metrics=[chrf,bleu,token_f1]",
+        "a.jsonl:1: the target '今天的天气真是很好的' has no blanks between its words, so token_f1 and bleu "
+        "would be 0 for every other answer; choose task.metrics=[chrf]",
+    ),
     "too few rows": ("a.csv", "text,topic\nx,a\ny,b\n", "", "of 2 different rows, none is left for train"),
     "all for validation": ("a.csv", PLAIN, "task.validation_from_train=3", "must be less than the 3 train rows"),
     "no such cluster": ("a.csv", PLAIN, "task.cluster=page", "a.csv:", "the field 'page' of task.cluster is missing"),

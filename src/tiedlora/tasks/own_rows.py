@@ -30,6 +30,7 @@ from tiedlora.tasks.metrics import (
     corpus_score,
     corpus_signature,
     exact_match,
+    has_no_blanks,
     has_rouge_words,
     rouge,
     rouge_signature,
@@ -50,6 +51,8 @@ from tiedlora.text import nearest
 
 NORMALISED = ("exact_match", "token_f1")
 """The metrics that compare forms of an answer (task.normalise)."""
+OF_WORDS = ("token_f1", "bleu")
+"""The metrics whose words have blanks between them. ROUGE has a rule of its own (has_rouge_words)."""
 SOURCES = "give task.files=FILE (or task.files={train: FILE, validation: FILE, test: FILE}), or task.hub.id=ORG/NAME"
 
 
@@ -167,7 +170,8 @@ class OwnRows(Task):
     def ties(self, row: DataRow, number: int) -> list[str]:
         """Rows with the same prompt stay in one split, and rows of one cluster."""
         cluster = cluster_of(row, self.config.cluster)
-        return [f"prompt {self._prompt(row)}", *([f"cluster {cluster}"] if cluster else [])]
+        # The whole example is made, so that the first wrong row of a file is named, whichever split gets it.
+        return [f"prompt {self.example(row, '').prompt}", *([f"cluster {cluster}"] if cluster else [])]
 
     def _prompt(self, row: DataRow) -> str:
         """The prompt of a row, whose answer may be hidden: the hub's test rows often have an empty one."""
@@ -258,6 +262,11 @@ class OwnRows(Task):
             raise RowError(
                 f"ROUGE sees nothing of the target {target!r:.80}, because rouge-score reads only a to z and digits; "
                 "choose task.metrics=[chrf]"
+            )
+        if (of_words := [name for name in OF_WORDS if name in self.metrics]) and has_no_blanks(target):
+            raise RowError(
+                f"the target {target!r:.80} has no blanks between its words, so {' and '.join(of_words)} would be 0 "
+                "for every other answer; choose task.metrics=[chrf], or exact_match for short labels"
             )
         return example
 
