@@ -23,7 +23,7 @@ class BaseModelRecord:
 
     @property
     def version(self) -> str | None:
-        """What a program of the hub loads exactly this model by: its commit; of a model from elsewhere, its revision."""
+        """What the hub has exactly this model under: its commit; of a model from elsewhere, its revision."""
         kind, _, commit = (self.digest or "").partition(":")
         return commit if kind == "commit" else self.revision
 

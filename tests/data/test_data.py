@@ -6,12 +6,14 @@ from helpers.tiny import composed, tiny
 from tokenizers import models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from tiedlora.config.identity import identity
 from tiedlora.data import encoding
 from tiedlora.data.batching import collate
 from tiedlora.data.encoding import Encoder, encode_rows
 from tiedlora.description import BaseModelRecord
 from tiedlora.errors import UserError
-from tiedlora.tasks import Example
+from tiedlora.scoring.split import PROTOCOL_KEYS
+from tiedlora.tasks import Example, load_task
 from tiedlora.tasks.rows import DataRow
 from tiedlora.tasks.squad import Squad
 
@@ -129,6 +131,44 @@ def test_with_a_chat_template_the_assistants_turn_is_the_target():
     assert encoder(f"task.stop=['{tokenizer.eos_token}', 'x']").more_ends == (tokenizer.eos_token_id,)
     dated = encoder("task.chat_template=true", template="{{ strftime_now('%d %b %Y') }}" + CHAT)
     assert tokenizer.decode(dated.prompt("a")).startswith("26 Jul 2024<|im_start|>user"), "the same on every day"
+
+
+THINKS = CHAT.replace(
+    "assistant\n{% endif %}", "assistant\n{% if enable_thinking is false %}<no>{% endif %}{% endif %}"
+)
+OFF = "task.template_options={enable_thinking: false}"
+
+
+def test_options_reach_the_chat_template_and_the_identity():
+    usual, off = (encoder("task.chat_template=true", *more, template=THINKS) for more in ([], [OFF]))
+    ends = [coder.tokenizer.decode(coder.prompt("a")).rpartition("assistant\n")[2] for coder in (usual, off)]
+    assert ends == ["", "<no>"]
+    assert [usual.may_think(), off.may_think()] == [True, False]
+    assert not encoder("task.chat_template=true", template=CHAT).may_think()
+    assert not encoder(template=THINKS).may_think()
+    assert "template_options" not in identity(usual.config)
+    assert identity(off.config)["template_options"] == {"enable_thinking": False}
+    assert {"template_options"} <= PROTOCOL_KEYS
+
+
+def test_options_of_messages_reach_the_chat_template():
+    words = ("task=rows", "task.messages=m", "task.metrics=[exact_match]")
+    coder = encoder(*words, OFF, template=THINKS)
+    assert coder.tokenizer.decode(coder.prompt('[{"role": "user", "content": "a"}]')).endswith("assistant\n<no>")
+
+
+def test_options_that_change_nothing_are_refused():
+    with pytest.raises(UserError, match=r"template_options\.enable_thinking: this model's chat template has no such"):
+        encoder("task.chat_template=true", OFF, template=CHAT)
+    for words, says in (
+        ([OFF], r"options\.enable_thinking: changes nothing without a chat template; add task\.chat_template=true"),
+        (
+            ["task.chat_template=true", "task.template_options={tokenize: true}"],
+            r"options\.tokenize: is set by the program",
+        ),
+    ):
+        with pytest.raises(UserError, match=says):
+            load_task(composed(["task=squad", *words]).task).check_options()
 
 
 def test_an_empty_prompt_is_refused():

@@ -196,6 +196,10 @@ def test_the_card_names_the_chat_template_and_what_was_rounded():
     config.task.chat_template = True
     text = card(make_record(), NO_SCORES, config, merged)
     assert "as one user turn of the tokenizer's chat template" in text
+    config.task.template_options = {"enable_thinking": False}
+    assert 'chat template with the options `{"enable_thinking": false}`' in card(
+        make_record(), NO_SCORES, config, merged
+    )
     assert "the part of the update below 1/256 of its weight is lost" in text
     config.model.source = "hub"
     tagged = replace(make_record(), base=replace(make_record().base, revision="step1000"))

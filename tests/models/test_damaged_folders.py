@@ -347,6 +347,20 @@ def test_a_finished_run_with_another_chat_template_is_not_printed(chatting, tmp_
     assert [finding.check for finding in wrong] == ["base"]
 
 
+def test_a_run_with_options_of_the_chat_template_says_so_and_verifies(chatting, tmp_path, caplog):
+    thinks = "{{ messages[0]['content'] }}{% if enable_thinking is defined and not enable_thinking %}<no>{% endif %}"
+    (Path(chatting().model.path) / "chat_template.jinja").write_text(thinks)
+    caplog.set_level("INFO")
+    words, said = "task.template_options={enable_thinking: false}", "may let the model think before it answers"
+    record = run.main(chatting(words))
+    assert said not in caplog.text
+    other = run.main(chatting("train.pause_after=1"))
+    assert other is None
+    assert said in caplog.text
+    folder = tmp_path / "outputs" / record.run_id
+    assert not [finding for finding in verify.verify(folder, rows=2) if finding.ok is False]
+
+
 def test_a_paused_run_does_not_continue_with_another_chat_template(chatting):
     config = chatting("train.pause_after=2")
     assert run.main(config) is None

@@ -9,6 +9,7 @@ from helpers.tiny import task_option
 from tiedlora.errors import UserError
 from tiedlora.tasks import Example, Task
 from tiedlora.tasks.gsm8k import flexible_number, normalise, strict_number
+from tiedlora.tasks.metrics import has_no_blanks
 from tiedlora.tasks.task_metric import TaskMetric
 
 # Answers as SQuAD's awkward ones are: articles, punctuation, case, repeated words, nothing left, other scripts.
@@ -70,6 +71,27 @@ def test_exact_match_and_f1_are_torchmetrics():
     )
     assert found["exact_match"] * 100 == pytest.approx(float(reference["exact_match"]), abs=5e-5)
     assert found["f1"] * 100 == pytest.approx(float(reference["f1"]), abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("今天的天气真的非常好。", True),
+        ("きょうはとてもいいてんきです", True),
+        ("วันนี้อากาศดีมาก", True),
+        ("ມື້ນີ້ອາກາດດີຫຼາຍ", True),
+        ("ថ្ងៃនេះអាកាសធាតុល្អ", True),
+        ("ဒီနေ့ရာသီဥတုကောင်းတယ်", True),
+        ("天气", False),  # a label
+        ("使用 Python 编程语言进行开发工作", False),
+        ("the word 天气 in an English sentence", False),
+        ("오늘 날씨가 정말 좋습니다", False),
+        ("๐๑๒๓๔๕๖๗๘๙๐๑", False),  # a number
+        ("Donaudampfschifffahrtsgesellschaft", False),
+    ],
+)
+def test_texts_without_blanks_are_known_by_their_scripts(text, expected):
+    assert has_no_blanks(text) is expected
 
 
 def test_bleu_and_chrf_are_sacrebleus():

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet
 import pytest
 from helpers.hostile import refused
 from helpers.task_rows import GOOD, TINY, WORDS, one_example
@@ -22,6 +23,7 @@ from tiedlora.config import compose
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import SCORED_SPLITS, SPLITS
 from tiedlora.data.encoding import Encoder
+from tiedlora.errors import UserError
 from tiedlora.export.study_records import export_record
 from tiedlora.places import PROJECT
 from tiedlora.records.provenance import git
@@ -263,6 +265,58 @@ def test_rows_of_the_hub_need_its_id_alone_and_trained_rows_that_are_scored_are_
     fetch(words)
     shutil.rmtree(tmp_path / "org")
     assert {split: load_examples(load_task(config), split, f"{tmp_path}/data") for split in SPLITS} == splits
+
+
+@pytest.mark.parametrize(
+    ("hidden", "words"),
+    [
+        ({"topic": "-1"}, ["task.choices=[topic 0,topic 1,topic 2]", "task.metrics=[choice_accuracy]"]),
+        ({"topic": ""}, []),
+        ({"topic": None}, []),
+        ({}, ["task.messages=m", "task.prompt=''", "task.target=''"]),
+    ],
+)
+def test_rows_of_the_hub_whose_answers_are_hidden_are_compared_and_not_scored(hidden, words, monkeypatch):
+    task = own_task("task.hub.id=org/name", "task.hub.splits={train: train, validation: dev, test: test}", *words)
+    rows = {}
+    for split, numbers in {"train": range(9), "validation": range(8, 12), "test": range(7, 12)}.items():
+        asked = [{"m": [{"role": "user", "content": f"t{n}"}], "text": f"t{n}"} for n in numbers]
+        answer = [{"role": "assistant", "content": "a"}]
+        rows[split] = [{**row, "m": row["m"] + answer, "topic": "topic 1"} for row in asked]
+    rows["test"] = [{**row, "m": row["m"][:1], **hidden} for row in rows["test"]]
+    monkeypatch.setattr(OwnRows, "hub_rows", lambda _, split: [DataRow(split, row) for row in rows[split]])
+    assert len(load_examples(task, "train", None)) == 7
+    assert len(load_examples(task, "validation", None)) == 4
+    with pytest.raises(UserError, match=r"^test: "):
+        load_examples(task, "test", None)
+
+
+@pytest.mark.parametrize("from_hub", [True, False], ids=["hub", "file"])
+def test_a_class_has_its_name_and_pictures_and_sounds_stay_encoded(from_hub, tmp_path, monkeypatch):
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "topic": datasets.ClassLabel(names=["neg", "pos"]),
+            "picture": datasets.Image(),
+            "sounds": datasets.List(datasets.Audio()),
+            "film": {"film": datasets.Video()},
+        }
+    )
+    film = {"bytes": b"no film", "path": None}
+    more = {"picture": film, "sounds": [film], "film": {"film": film}}
+    rows = [{"text": f"t{n}", "topic": topic, **more} for n, topic in enumerate([1, 0, -1, None])]
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "org" / "name" / "train.parquet"
+    path.parent.mkdir(parents=True)
+    # To write them with `datasets` would need the packages that decode.
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=features.arrow_schema), path)
+    choices = ("task.choices=[pos,neg]", "task.metrics=[choice_accuracy]")
+    task = own_task("task.hub.id=org/name" if from_hub else f"task.files={path}", *choices)
+    found = task.rows("train", None)
+    assert [row["topic"] for row in found] == ["pos", "neg", None, None]
+    assert [row["picture"] for row in found] == [film] * 4
+    assert [task.example(row, "").references for row in found[:2]] == [("0",), ("1",)]
 
 
 # Templates, choices, messages and metrics.

@@ -8,6 +8,10 @@ import pyarrow.parquet
 import pytest
 from helpers.hostile import snapshot
 from helpers.task_rows import TINY, WORDS
+from helpers.tiny import composed
+
+from tiedlora.errors import UserError
+from tiedlora.tasks import load_examples, load_task
 
 
 def parquet(**columns: list) -> str:
@@ -88,6 +92,13 @@ FILE_MISTAKES = {  # name of the file, its content, more words -> what the messa
         '{"text": "x", "topic": "\\u5929\\u6c14"}\n',
         "task.metrics=[chrf,rougeL]",
         "a.jsonl:1: ROUGE sees nothing of the target '天气', because rouge-score reads only a to z and digits",
+    ),
+    "a target without blanks": (
+        "a.jsonl",
+        '{"text": "x", "topic": "\\u4eca\\u5929\\u7684\\u5929\\u6c14\\u771f\\u662f\\u5f88\\u597d\\u7684"}\n',
+        "task.metrics=[chrf,bleu,token_f1]",
+        "a.jsonl:1: the target '今天的天气真是很好的' has no blanks between its words, so token_f1 and bleu "
+        "would be 0 for every other answer; choose task.metrics=[chrf]",
     ),
     "too few rows": ("a.csv", "text,topic\nx,a\ny,b\n", "", "of 2 different rows, none is left for train"),
     "all for validation": ("a.csv", PLAIN, "task.validation_from_train=3", "must be less than the 3 train rows"),
@@ -258,3 +269,25 @@ def test_a_wrong_word_is_one_line_and_leaves_nothing(what, tmp_path, monkeypatch
     for file, rows in (("a.csv", PLAIN), ("b.csv", "text,topic\nu,a\nv,b\n")):
         (tmp_path / file).write_text(rows)
     refuse(script, tmp_path, [*WORDS, "task.files=a.csv", *re.split(r" (?=task\.|score\.)", more)], tuple(says))
+
+
+@pytest.mark.parametrize(("subset", "says"), [(None, "has several configurations"), ("d", "has no configuration 'd'")])
+def test_a_data_set_of_several_configurations_is_one_line_with_their_names(subset, says, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "org" / "name"
+    folder.mkdir(parents=True)
+    names = ["de", "en", *(f"language_{number:03}" for number in range(99))]
+    parts = "".join(f"- config_name: {name}\n  data_files: a.jsonl\n" for name in names)
+    (folder / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
+    (folder / "a.jsonl").write_text('{"text": "x", "topic": "a"}\n')
+    words = [*WORDS, "task.hub.id=org/name", *([f"task.hub.subset={subset}"] if subset else [])]
+    for more in ([], ["task.hub.splits={train: train}"]):
+        task = load_task(composed([*words, *more]).task)
+        with pytest.raises(UserError) as refused:
+            load_examples(task, "train", None)
+        message = str(refused.value)
+        assert message.startswith(f"task.hub.id=org/name: {says}; set task.hub.subset=NAME")
+        assert "; it has de, en, language_000, " in message
+        assert message.endswith(" ...")
+        assert len(message) < 400

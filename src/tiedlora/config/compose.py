@@ -83,6 +83,7 @@ def register() -> None:
         schema.tying[name] = {}
         OmegaConf.set_struct(schema.tying[name], False)
     OmegaConf.set_struct(schema.task.hub.splits, False)
+    OmegaConf.set_struct(schema.task.template_options, False)
     # The program fills it in: nobody may set it.
     schema.tying.resolved = StringNode(None, flags={"readonly": True})
     store = ConfigStore.instance()

@@ -188,6 +188,9 @@ class TaskConfig:
     """The possible answers, of which the likeliest is taken: templates as in [yes,no], or the field with the list."""
     chat_template: bool = False
     """Whether the prompt is wrapped as one user turn of the tokenizer's chat template."""
+    template_options: dict[Text, Free] = field(default_factory=dict, metadata=neutral({}))
+    """Values for the chat template by their names in it, such as {enable_thinking: false} for a model that thinks
+    before it answers."""
     stop: list[FilledLines] = field(default_factory=list)
     """The generation of an answer ends at the first of these strings, at the end-of-text token or another end of the
     model, or at max_new_tokens."""

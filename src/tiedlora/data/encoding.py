@@ -35,6 +35,8 @@ ENCODING_VERSION = 2
 """Raise it when encode_rows gives other token ids for the same rows."""
 ONE_DATE = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro %}{{ '' }}"
 """Put before a chat template that asks for the date: runs of different days have the same prompts. Llama 3.2's date."""
+THINKING = "enable_thinking"
+"""The name in the chat templates of Qwen3, SmolLM3 and others that think by default."""
 MIN_ROWS = 1000
 """Fewer rows are not stored, because encoding them is faster than reading a file."""
 COUNTS = ("rows", "shortened", "dropped_prompt", "dropped_target", "dropped_answer")
@@ -80,6 +82,12 @@ class Encoder:
             )
         if config.chat_template and not tokenizer.chat_template:
             raise UserError("task.chat_template=true: this model's tokenizer has no chat template; set it to false")
+        template = str(tokenizer.chat_template)
+        if unknown := next((name for name in config.template_options if name not in template), None):
+            raise UserError(
+                f"task.template_options.{unknown}: this model's chat template has no such name; correct it, or leave "
+                "it out"
+            )
         if tokenizer.eos_token_id is None:
             raise UserError("model: its tokenizer has no end-of-text token, which every target ends with")
 
@@ -127,7 +135,12 @@ class Encoder:
 
     def _rendered(self, turns: list[dict[str, str]], asks: bool) -> str:
         """The text of chat messages by the template; with `asks`, also the beginning of the assistant's next one."""
-        options = {"chat_template": self._dated_template, "add_generation_prompt": asks, "tokenize": False}
+        options: dict[str, Any] = {
+            "chat_template": self._dated_template,
+            "add_generation_prompt": asks,
+            "tokenize": False,
+        }
+        options |= self.config.template_options
         try:
             return str(self.tokenizer.apply_chat_template(turns, **options))
         except Exception as error:  # a template is a program, and may end with any error
@@ -138,6 +151,11 @@ class Encoder:
                 f"task.chat_template=true: the chat template of this model cannot be used ({reason}); mend it in "
                 "the model's folder, or set task.chat_template=false"
             ) from None
+
+    def may_think(self) -> bool:
+        """Whether the chat template can switch thinking before an answer on and off, and no option has done so."""
+        switches = self.config.chat_template and THINKING in str(self.tokenizer.chat_template)
+        return switches and THINKING not in self.config.template_options
 
     def other_turn_end(self) -> str | None:
         """The token with which the chat template ends an answer, if it is another than the one that is trained."""

@@ -124,6 +124,11 @@ def load(config: Config, world: World) -> Loaded:
     if (end := encoder.other_turn_end()) is not None:
         trained = base.tokenizer.eos_token
         log.info("the chat template ends an answer with %s, and each target ends with %s instead", end, trained)
+    if encoder.may_think():
+        log.info(
+            "the chat template may let the model think before it answers, and all of it is scored as the answer; "
+            "task.template_options={enable_thinking: false} turns it off"
+        )
     rows = _encoded(read, encoder, base, Path(config.cache))
     check_batch_tokens(rows["train"].encoded, config.train)
     # 3. The rows that are scored. A mistake in them is known now, because later it would cost the time of a training.

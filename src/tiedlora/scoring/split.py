@@ -58,6 +58,7 @@ PROTOCOL_KEYS = {
     "version",
     "prompt",
     "chat_template",
+    "template_options",
     "stop",
     "max_new_tokens",
     "max_prompt_tokens",

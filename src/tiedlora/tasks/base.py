@@ -19,6 +19,7 @@ from tiedlora.tasks.rows import (
     hub_errors,
     read_json_lines,
     rows_folder,
+    table_rows,
     ways_to_get,
 )
 from tiedlora.text import nearest
@@ -33,6 +34,12 @@ OF_OWN_ROWS: dict[str, Any] = {
     "choices": None,
 }
 """The keys of task=rows, with their defaults."""
+NO_TEMPLATE_OPTIONS = (
+    *("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "messages"),
+    *("max_length", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors"),
+    *("sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "truncation"),
+)
+"""What the program gives apply_chat_template itself, and what would make its result another one than a text."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,14 @@ class Task:
         for name, default in OF_OWN_ROWS.items():
             if not self.reads_own_rows and getattr(self.config, name) != default:
                 raise UserError(f"task.{name}: is a key of task=rows; task.kind={self.config.kind} does not read it")
+        for name in self.config.template_options:
+            if not self.config.chat_template:
+                raise UserError(
+                    f"task.template_options.{name}: changes nothing without a chat template; add "
+                    "task.chat_template=true, or leave it out"
+                )
+            if name in NO_TEMPLATE_OPTIONS:
+                raise UserError(f"task.template_options.{name}: is set by the program; leave it out")
         for name in self.config.options:
             if name not in self.options:
                 known, kind = ", ".join(self.options) or "none", self.config.kind
@@ -157,7 +172,8 @@ class Task:
             import datasets  # hub_errors has imported it already, so this costs no time  # noqa: PLC0415
 
             table = datasets.load_dataset(hub.id, hub.subset, split=name, revision=hub.revision)
-        return [DataRow(f"{hub.id}[{name}] row {i}", dict(row)) for i, row in enumerate(table)]
+        rows = table_rows(table.to_iterable_dataset()) if self.reads_own_rows else table
+        return [DataRow(f"{hub.id}[{name}] row {i}", dict(row)) for i, row in enumerate(rows)]
 
     def row_id(self, row: DataRow, number: int) -> str:
         """The row's name in files of scores: its own id, or without one its number in the split (counted from 0)."""

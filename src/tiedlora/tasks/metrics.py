@@ -29,6 +29,19 @@ GENERATED = ("exact_match", "token_f1", *ROUGES, *CORPUS)
 """The metrics of a generated answer."""
 CHOSEN = ("choice_accuracy", "choice_accuracy_norm")
 """The metrics of choices: whether the likeliest is right, by its likelihood and by its likelihood per character."""
+FEWEST_LETTERS = 10
+"""A shorter text without blanks may be a single word, such as a label."""
+_WITHOUT_BLANKS = re.compile(
+    "["
+    "\u0e01-\u0e3a\u0e40-\u0e4e"  # Thai
+    "\u0e81-\u0ecf"  # Lao
+    "\u1000-\u103f\u1050-\u108f"  # Myanmar
+    "\u1780-\u17d3"  # Khmer
+    "\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff"  # Hiragana, Katakana
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # CJK ideographs
+    "]"
+)
+"""The letters of scripts that have no blanks between words."""
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -92,6 +105,17 @@ def rouge(names: tuple[str, ...], output: str, references: Sequence[str], use_st
 def has_rouge_words(text: str) -> bool:
     """Whether ROUGE sees anything of a text. Its words have the letters a to z and digits, so it is 0 for Chinese."""
     return re.search("[a-z0-9]", text.lower()) is not None
+
+
+def has_no_blanks(text: str) -> bool:
+    """Whether a text is surely one word to metrics of words, because its script has no blanks between words.
+
+    It then has ten or more letters of such scripts, and no blank from the first to the last.
+    """
+    letters = _WITHOUT_BLANKS.findall(text)
+    if len(letters) < FEWEST_LETTERS:
+        return False
+    return re.search(r"\s", text[text.index(letters[0]) : text.rindex(letters[-1])]) is None
 
 
 @functools.cache

@@ -30,6 +30,7 @@ from tiedlora.tasks.metrics import (
     corpus_score,
     corpus_signature,
     exact_match,
+    has_no_blanks,
     has_rouge_words,
     rouge,
     rouge_signature,
@@ -50,6 +51,8 @@ from tiedlora.text import nearest
 
 NORMALISED = ("exact_match", "token_f1")
 """The metrics that compare forms of an answer (task.normalise)."""
+OF_WORDS = ("token_f1", "bleu")
+"""The metrics whose words have blanks between them. ROUGE has a rule of its own (has_rouge_words)."""
 SOURCES = "give task.files=FILE (or task.files={train: FILE, validation: FILE, test: FILE}), or task.hub.id=ORG/NAME"
 
 
@@ -167,11 +170,17 @@ class OwnRows(Task):
     def ties(self, row: DataRow, number: int) -> list[str]:
         """Rows with the same prompt stay in one split, and rows of one cluster."""
         cluster = cluster_of(row, self.config.cluster)
-        return [f"prompt {self._prompt(row)}", *([f"cluster {cluster}"] if cluster else [])]
+        # The whole example is made, so that the first wrong row of a file is named, whichever split gets it.
+        return [f"prompt {self.example(row, '').prompt}", *([f"cluster {cluster}"] if cluster else [])]
 
     def _prompt(self, row: DataRow) -> str:
+        """The prompt of a row, whose answer may be hidden: the hub's test rows often have an empty one."""
+        config = self.config
         with placed(row):
-            return self.example(row, "").prompt
+            if config.messages is None:
+                return self._prompt_of_fields(row)
+            turns = self._turns(row, config.messages)
+            return _prompt_of_turns(turns[:-1] if turns[-1:] and turns[-1]["role"] == "assistant" else turns)
 
     def _find_splits(self, data_root: str | None) -> dict[str, Path | None]:
         """The splits that have rows of their own -> their file; None for the hub."""
@@ -232,10 +241,15 @@ class OwnRows(Task):
         if config.messages is not None:
             example = self._of_messages(row, id, config.messages)
         else:
-            if not any(str(row.fields.get(name, "x")).strip() for name in fields_of(config.prompt)):
-                raise RowError(f"the prompt is empty: {', '.join(fields_of(config.prompt))} hold no text")
-            example = self._with_choices(row, id) if config.choices is not None else super().example(row, id)
+            prompt = self._prompt_of_fields(row)
+            example = self._with_choices(row, id, prompt) if config.choices is not None else super().example(row, id)
         return example if example.choices else self._checked_target(example)
+
+    def _prompt_of_fields(self, row: DataRow) -> str:
+        names = fields_of(self.config.prompt)
+        if not any(str(row.fields.get(name, "x")).strip() for name in names):
+            raise RowError(f"the prompt is empty: {', '.join(names)} hold no text")
+        return render(self.config.prompt, row)
 
     def _checked_target(self, example: Example) -> Example:
         """Refuse a target that no answer could equal."""
@@ -249,13 +263,18 @@ class OwnRows(Task):
                 f"ROUGE sees nothing of the target {target!r:.80}, because rouge-score reads only a to z and digits; "
                 "choose task.metrics=[chrf]"
             )
+        if (of_words := [name for name in OF_WORDS if name in self.metrics]) and has_no_blanks(target):
+            raise RowError(
+                f"the target {target!r:.80} has no blanks between its words, so {' and '.join(of_words)} would be 0 "
+                "for every other answer; choose task.metrics=[chrf], or exact_match for short labels"
+            )
         return example
 
-    def _with_choices(self, row: DataRow, id: str) -> Example:
+    def _with_choices(self, row: DataRow, id: str, prompt: str) -> Example:
         config = self.config
         (name,) = fields_of(config.target)
         texts = self._choices(row)
-        prompt, answer = render(config.prompt, row), render(f"{{{name}}}", row).strip()
+        answer = render(f"{{{name}}}", row).strip()
         numbered = int(answer) if answer in map(str, range(len(texts))) else None
         if answer in texts:
             correct = texts.index(answer)
@@ -295,7 +314,17 @@ class OwnRows(Task):
         return texts
 
     def _of_messages(self, row: DataRow, id: str, name: str) -> Example:
-        """The last message is the target. The prompt is the JSON of the others, for the chat template (Encoder)."""
+        """The last message is the target, and the others are the prompt."""
+        turns = self._turns(row, name)
+        if len(turns) < 2 or turns[-1]["role"] != "assistant":
+            raise RowError(f"the field {name!r} must end with a message of the assistant, after one that it answers")
+        *earlier, last = turns
+        if not last["content"].strip():
+            raise RowError("the target is empty")
+        return Example(id, _prompt_of_turns(earlier), last["content"], (last["content"],))
+
+    def _turns(self, row: DataRow, name: str) -> list[dict[str, str]]:
+        """The messages of a row, with their roles and contents alone."""
         if name not in row.fields:
             known = ", ".join(row.fields) or "none"
             raise RowError(f"the field {name!r} of task.messages is missing{nearest(name, row.fields)}; it has {known}")
@@ -308,13 +337,7 @@ class OwnRows(Task):
         if any(turn.get("tool_calls") for turn in turns):
             # The template would show them, and no metric here scores them.
             raise RowError(f"the field {name!r} has tool_calls, which are not trained; leave such rows out")
-        turns = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-        if len(turns) < 2 or turns[-1]["role"] != "assistant":
-            raise RowError(f"the field {name!r} must end with a message of the assistant, after one that it answers")
-        *earlier, last = turns
-        if not last["content"].strip():
-            raise RowError("the target is empty")
-        return Example(id, json.dumps(earlier, ensure_ascii=False), last["content"], (last["content"],))
+        return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
     # Scores.
 
@@ -351,6 +374,11 @@ class OwnRows(Task):
         found = dict.fromkeys([name for name in self.metrics if name in ROUGES], rouge_signature(False))
         found |= {name: corpus_signature(name) for name in self.corpus_metrics}
         return found | {name: f"normalise:{self.config.normalise}" for name in self.metrics if name in NORMALISED}
+
+
+def _prompt_of_turns(turns: list[dict[str, str]]) -> str:
+    """The JSON of messages, for the chat template (Encoder)."""
+    return json.dumps(turns, ensure_ascii=False)
 
 
 def _is_message(value: Any) -> bool:

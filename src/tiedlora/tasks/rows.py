@@ -11,19 +11,28 @@ import csv
 import glob
 import io
 import json
+import re
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tiedlora import storage
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
+from tiedlora.text import nearest
+
+if TYPE_CHECKING:
+    import datasets
 
 PARQUET_BATCH = 1000
 """Rows that are read together."""
+CONFIGURATIONS = re.compile(r"(?:available configs|Available): (\[.*\])")
+"""The list in an error of `datasets` about a data set of several configurations of which none, or no known one, was
+named."""
 LARGEST_VALUE = 2**31 - 1
 """The most characters of a value of a CSV file. The limit of Python's csv is 131,072."""
 
@@ -176,10 +185,27 @@ def _read_parquet(path: Path) -> list[DataRow]:
                 # By default it is the size of the first group of rows, and one of an empty file is refused.
                 batch_size=PARQUET_BATCH,
             )
-            return [DataRow(f"{path} row {number}", dict(row)) for number, row in enumerate(table, start=1)]
+            return [DataRow(f"{path} row {number}", row) for number, row in enumerate(table_rows(table), start=1)]
     # pyarrow's errors derive from these.
     except (OSError, ValueError, RuntimeError, TypeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({first_line(error)})") from None
+
+
+def table_rows(table: datasets.IterableDataset) -> Iterator[dict[str, Any]]:
+    """The rows of a table of `datasets`, with what a template can take.
+
+    A class has its name, and not its number, whose order only the table knows. A hidden one (-1) is None. Pictures,
+    sounds and films stay encoded: no template takes them, and decoding needs more packages.
+    """
+    import datasets  # as in _read_parquet  # noqa: PLC0415
+
+    table = table.decode(False)
+    classes = {name: kind for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)}
+    for row in table:
+        numbers = {name: row[name] for name in classes}
+        hidden = {name: None for name, number in numbers.items() if number in (None, -1)}
+        names = {name: classes[name].int2str(numbers[name]) for name in numbers.keys() - hidden.keys()}
+        yield {**row, **hidden, **names}
 
 
 def first_line(error: Exception) -> str:
@@ -248,7 +274,7 @@ def reachable_hub(config: TaskConfig) -> Iterator[None]:
     """Turn an error of the hub into one line that says how to get the rows.
 
     Raises:
-        UserError: the block could not reach the hub.
+        UserError: the block could not reach the hub, or task.hub.subset names none of several configurations.
     """
     import datasets  # takes more than a second, and rows from a folder do not need it  # noqa: PLC0415
 
@@ -257,6 +283,13 @@ def reachable_hub(config: TaskConfig) -> Iterator[None]:
         yield
     # All errors of huggingface_hub and datasets for an unreachable hub or a missing file derive from these.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if listed := CONFIGURATIONS.search(str(error)):
+            subset, names = config.hub.subset, re.findall("'(.*?)'", listed[1])
+            what = "has several configurations" if subset is None else f"has no configuration {subset!r:.80}"
+            raise UserError(
+                f"task.hub.id={config.hub.id}: {what}; set task.hub.subset=NAME{nearest(subset or '', names)}; it has "
+                + textwrap.shorten(", ".join(names), 200, placeholder=" ...")
+            ) from None
         reason = first_line(error)
         raise UserError(
             f"task={config.name}: {config.hub.id} cannot be loaded ({reason}). {ways_to_get(config)}"
