@@ -23,7 +23,9 @@ from tiedlora.models.base_model import load_base
 from tiedlora.places import PROJECT
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.scores import read_run_scores
-from tiedlora.runs import run
+from tiedlora.runs import run, trainer
+from tiedlora.runs.trainer import can_be_compiled
+from tiedlora.training import compiling
 from tiedlora.training.loss import row_losses, target_loss
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -171,3 +173,21 @@ def test_without_bitsandbytes_one_line_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(UserError, match=r"^model.quantization=nf4: needs bitsandbytes.*tiedlora\[quantization\]"):
         quantised("tiny_llama", "nf4")
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "compiles"), [("int8", "cuda", False), ("int8", "cpu", True), ("nf4", "cuda", True)]
+)
+def test_int8_is_compiled_on_a_cpu_alone(kind, device, compiles):
+    """On a GPU, bitsandbytes breaks a block into many graphs."""
+    config = compose_config(["model=tiny_llama", f"model.quantization={kind}"]).model
+    assert can_be_compiled(config, torch.device(device)) is compiles
+
+
+def test_the_blocks_of_a_run_are_compiled_only_if_they_can_be(tiny_config, monkeypatch):
+    wishes, short = [], ("train.compile=always", "train.steps=2", "score.splits=[]")
+    monkeypatch.setattr(compiling, "decide", lambda wish, *_: wishes.append(wish))
+    run.main(tiny_config(*short))
+    monkeypatch.setattr(trainer, "can_be_compiled", lambda *_: False)
+    run.main(tiny_config(*short, "seed=1"))
+    assert wishes == ["always", "never"]

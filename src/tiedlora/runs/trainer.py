@@ -21,7 +21,7 @@ from tiedlora.analysis.metrics import summarise
 from tiedlora.config import compose, own_model
 from tiedlora.config.check import check_new_run
 from tiedlora.config.identity import config_tree, identity
-from tiedlora.config.schema import FORGETTING, Config, ScoreConfig
+from tiedlora.config.schema import FORGETTING, Config, ModelConfig, ScoreConfig
 from tiedlora.data.batching import Batch, BatchSampler, collate, empty_batch, even_passes, microbatches
 from tiedlora.data.encoding import Encoded
 from tiedlora.errors import StoppedEarly, UserError, is_out_of_memory
@@ -156,6 +156,13 @@ def _written_folder(folder: RunFolder, force: bool, world: World) -> Iterator[Ru
             raise
 
 
+def can_be_compiled(model: ModelConfig, device: torch.device) -> bool:
+    """Whether each block of the base becomes one graph."""
+    # accelerate's hooks move weights while a block runs. In int8, bitsandbytes asks a GPU in each linear layer for the
+    # columns with outliers, and a block breaks into 22 graphs.
+    return not (model.device_map or (model.quantization == "int8" and device.type != "cpu"))
+
+
 def begin(config: Config, loaded: Loaded, folder: RunFolder, checkpoints: Path) -> Training:
     """The training of a run from its newest checkpoint, or from its start. Its files are open, and its tracker.
 
@@ -280,8 +287,7 @@ class Training:
         if train.recompute_activations:
             model.activation_checkpointing_enable({"use_reentrant": False})
         try:
-            # accelerate's hooks move weights while a block runs, which cannot be compiled.
-            wish = train.compile if arm.compiles and not self.config.model.device_map else "never"
+            wish = train.compile if arm.compiles and can_be_compiled(self.config.model, device) else "never"
             slow = products.without_instructions(device, train.dtype)
             if slow:
                 log.info("this CPU has no instructions for bfloat16: products are computed in float32 and rounded")
