@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -425,6 +426,19 @@ def test_answers_are_compared_in_a_form_by_name(form, same, other):
     task = own_task(f"task.normalise={form}")
     scores = [task.score(output, Example("", "", "", (answer,)))["exact_match"] for output, answer in (same, other)]
     assert scores == [1.0, 0.0]
+
+
+def test_an_answer_in_composed_letters_equals_a_reference_in_parts():
+    metrics = ("exact_match", "token_f1", "rouge1", "bleu", "chrf")
+    task = own_task(f"task.metrics=[{','.join(metrics)}]")
+    texts = [unicodedata.normalize(form, "Das größte Café überhaupt ist hier") for form in ("NFC", "NFD")]
+    assert texts[0] != texts[1]
+    same = task.score(texts[0], Example("", "", "", (texts[0],)))
+    assert same["exact_match"] == 1.0
+    for output in texts:
+        for reference in texts:
+            assert task.score(output, Example("", "", "", ("other", reference)))["exact_match"] == 1.0
+            assert task.score(output, Example("", "", "", (reference,))) == same
 
 
 def test_chat_messages_are_asked_with_the_chat_template():

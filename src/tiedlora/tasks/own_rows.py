@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -345,16 +346,18 @@ class OwnRows(Task):
     def score(self, output: Any, example: Example) -> dict[str, Score]:
         if example.choices:
             return self._choice_scores(output, example)
+        # Many tokenizers (Qwen's) give texts in NFC alone, so an answer could never equal a reference of other rows.
+        output, *references = (unicodedata.normalize("NFC", text) for text in (output, *example.references))
         form = FORMS[self.config.normalise]
         rouges = tuple(name for name in ROUGES if name in self.metrics)
-        found: dict[str, Score] = {**rouge(rouges, output, example.references, False)} if rouges else {}
+        found: dict[str, Score] = {**rouge(rouges, output, references, False)} if rouges else {}
         for name in self.metrics:
             if name == "exact_match":
-                found[name] = exact_match(output, example.references, form)
+                found[name] = exact_match(output, references, form)
             elif name == "token_f1":
-                found[name] = token_f1(output, example.references, form)
+                found[name] = token_f1(output, references, form)
             elif name in CORPUS:
-                found[name] = corpus_counts(name, output, example.references)
+                found[name] = corpus_counts(name, output, references)
         return found
 
     def _choice_scores(self, log_likelihoods: Sequence[float], example: Example) -> dict[str, Score]:
