@@ -109,9 +109,11 @@ def test_the_script_writes_every_form_with_a_card_and_a_task(tiny_config, finish
     text = (folder / "export" / "peft" / "README.md").read_text()
     for fact in ("base_model:", record.base.digest, record.data["train"].digest[:16], "95 %"):
         assert fact in text
+    assert "generation_config.json" in text
     assert str(tmp_path) not in text, "a card names no path of this machine"
     task = OmegaConf.load(folder / "export" / "peft" / "tiedlora_chain_sum_validation.yaml")
     assert task.generation_kwargs.max_gen_toks == config.task.max_new_tokens
+    assert task.generation_kwargs.repetition_penalty == 1.0, "the model's own would be taken"
     rows = (folder / "export" / "peft" / task.dataset_kwargs.data_files.test).read_text().splitlines()
     answers = rows_of(RunFolder(folder), "validation")
     assert [json.loads(line)["prompt"] for line in rows] == [row.prompt for row in answers]
