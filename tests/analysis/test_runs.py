@@ -51,6 +51,19 @@ def test_scores_that_only_the_copy_has_are_named(tmp_path):
     assert (left_out.path, left_out.reason) == (two, f"the same run as {one}; its scores are not used: {unused}")
 
 
+def test_the_same_id_on_another_base_or_other_rows_is_no_copy(tmp_path):
+    """An id has the name of the model's folder, and not what was in it."""
+    other_base = {"base.digest": "sha256:2"}
+    one = write_run(tmp_path / "one", make_record())
+    write_run(tmp_path / "two", make_record(other_base))
+    runs, left_out = read_runs([tmp_path / "one", tmp_path / "two"])
+    assert (len(runs), left_out) == (2, [])
+    assert runs[0].run_id == runs[1].run_id
+    write_run(tmp_path / "rows", make_record({"data.train.digest": "other"}))
+    _, (left_out,) = read_runs([tmp_path / "one", tmp_path / "rows"])
+    assert left_out.reason == f"on other rows than the run of its id in {one}"
+
+
 def test_a_run_under_an_earlier_name_is_no_second_seed(tmp_path):
     """The id begins with the name of an option, which may have been renamed since."""
     write_run(tmp_path, make_record())

@@ -2,7 +2,7 @@
 
 import json
 import signal
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from helpers.commands import Command, FreshCommand, wait_until
@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from tiedlora.errors import UserError
 from tiedlora.records.selection import read_selection
-from tiedlora.runs import run
+from tiedlora.runs import inputs, run
 from tiedlora.sweeps import selection, staged, status
 from tiedlora.sweeps.expand import read_options
 from tiedlora.sweeps.launching import run_sweep
@@ -142,8 +142,27 @@ def test_a_failure_that_is_no_divergence_is_named_and_tried_again(tiny_run, caps
     assert end.value.code == 1
     assert "the disk is full" in capsys.readouterr().err
     assert read_selection(sweep.path / "selection.json").choices == []
+    assert next(status.views(sweep.path)).ended, "a watch ends with its command"
     staged.run_staged(sweep, OPTIONS, Here())
     assert len(read_selection(sweep.path / "selection.json").choices) == 1
+
+
+def test_a_chosen_run_whose_scores_failed_is_not_done(tiny_run):
+    """It blocks its search, and no choice names it."""
+    sweep = compose_sweep(tiny_run(*GRID))
+
+    def failing(folder, goals):
+        for goal in goals:
+            Here()(folder, [replace(goal, splits=())])
+            if goal.splits:
+                fail(cell_of(folder, goal), "RuntimeError: out of memory\n")
+
+    with pytest.raises(SystemExit):
+        staged.run_staged(sweep, OPTIONS, failing)
+    view = next(status.views(sweep.path))
+    failed = [cell for cell in view.cells if cell.state == "failed"]
+    assert {cell.error for cell in failed} == {"RuntimeError: out of memory"}
+    assert view.ended
 
 
 def test_a_rate_outside_the_grid_takes_the_options_of_the_present_start(tiny_run):
@@ -196,6 +215,29 @@ def test_a_rate_that_diverges_is_a_result_and_its_run_is_not_repeated(tiny_run, 
     again = Here()
     staged.run_staged(sweep, OPTIONS, again)
     assert again.goals == []
+    # A person may think otherwise, after a fault of the machine.
+    (diverged,) = [cell for cell in sweep.cells if cell.name.lr == 1000]
+    sweep.control.retry([diverged.run_id])
+    staged.run_staged(sweep, OPTIONS, again)
+    assert {cell.run_id for cell in again.cells} == {diverged.run_id}
+
+
+def test_runs_on_other_rows_than_now_are_named_at_every_seed_and_rate(tiny_run, monkeypatch, capsys):
+    """The seeds of the search are no axis of the grid, and rates join that are not in it."""
+    words = ["train.lr=1e-3,1e-2", "train.steps=8", "train.validate_every=2", "score.base=false"]
+    options = search_options(search_seeds=[0, 1], rungs=[])
+    launcher = Here()
+    staged.run_staged(compose_sweep(tiny_run(*words, "seed=7")), options, launcher)
+    assert {cell.name.lr for cell in launcher.cells} > {1e-3, 1e-2}
+    later = compose_sweep(tiny_run(*words, "seed=8"))
+    record = inputs.row_digests(later.cells[0].config)
+    monkeypatch.setattr(inputs, "row_digests", lambda _config: {**record, "train": "other"})
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        staged.run_staged(later, options, Here())
+    errors = capsys.readouterr().err
+    of_search = {cell.run_id for cell in launcher.cells if cell.config.seed in (0, 1)}
+    assert {run_id for run_id in of_search if run_id in errors} == of_search
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tiedlora.analysis.rules import Plan, Rule
 from tiedlora.analysis.runs import Names, NotComparable
 from tiedlora.config import compose
 from tiedlora.config.explain import options
-from tiedlora.config.identity import identity, leaves
+from tiedlora.config.identity import identity, leaves, neutral_values
 from tiedlora.config.sizes import is_near
 from tiedlora.config.trial_arm import TrialArm, trained_for
 from tiedlora.errors import UserError
@@ -211,8 +211,8 @@ class Claim(_Entry):
 
 
 def _has(identity: Mapping[str, Any], wanted: Mapping[str, object]) -> bool:
-    """Whether the dotted keys have these values in an identity."""
-    values = leaves(identity) if wanted else {}
+    """Whether the dotted keys have these values in an identity. One that it leaves out has its neutral value."""
+    values = {**_neutral(), **leaves(identity)} if wanted else {}
     return all(values.get(key) == value for key, value in wanted.items())
 
 
@@ -314,7 +314,13 @@ def _check_setting(place: str, where: Mapping[str, object], keys: Iterable[str])
 @functools.cache
 def _defaults() -> dict[str, Any]:
     """The keys that decide what a run of the defaults is, with their values."""
-    return leaves(identity(compose.compose_config([])))
+    return _neutral() | leaves(identity(compose.compose_config([])))
+
+
+@functools.cache
+def _neutral() -> dict[str, Any]:
+    """The keys that are left out of an identity at a value -> this value."""
+    return leaves(neutral_values(compose.compose_config([])))
 
 
 def _kind(value: object) -> str:
@@ -385,10 +391,11 @@ def pairs(claim: Claim, groups: Sequence[RunGroup], splits: Mapping[tuple[str, s
     Args:
         splits: (model, task) -> the split that is compared.
     """
+    # Both sides have what the claim asks of a run: two groups of one setting may differ in the rank's alpha.
+    groups = [group for group in groups if claim.covers_setting(group.task, group.runs[0].record.identity.tree)]
     anchors: dict[str, list[RunGroup]] = {}
     for group in groups:
-        is_anchor = claim.anchor.means(group.arm) and group.rank == claim.anchor.rank
-        if is_anchor and claim.covers_setting(group.task, group.runs[0].record.identity.tree):
+        if claim.anchor.means(group.arm) and group.rank == claim.anchor.rank:
             anchors.setdefault(group.setting, []).append(group)
     found: list[Pair | Unpaired] = []
     for alike in anchors.values():
@@ -508,5 +515,5 @@ def _only_one(groups: Sequence[RunGroup], what: str = "") -> RunGroup:
             return some[0]
     names = ", ".join(group.name for group in groups)
     raise NotComparable(
-        f"{what}several groups fit, and no single one is plain: {names}; report a folder with one of them"
+        f"{what}several groups fit, and no single one is plain: {names}; choose one with `where` in the claim"
     )

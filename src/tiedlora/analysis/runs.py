@@ -173,7 +173,7 @@ def read_runs(roots: Iterable[Path]) -> tuple[list[Run], list[LeftOut]]:
     Raises:
         UserError: a root is not a folder.
     """
-    runs: dict[str, Run] = {}
+    runs: dict[tuple[str, str | None], Run] = {}
     left_out: list[LeftOut] = []
     for folder in _folders(roots):
         run = read_run(folder)
@@ -181,16 +181,18 @@ def read_runs(roots: Iterable[Path]) -> tuple[list[Run], list[LeftOut]]:
             left_out.append(run)
             continue
         # The id begins with the name of an option, which may have been renamed since.
-        digest = identity_digest(run.record.identity.tree)
-        first = runs.setdefault(digest, run)
+        # An id says the name of the base model, and not which weights had it.
+        same = identity_digest(run.record.identity.tree), run.record.base.digest
+        first = runs.setdefault(same, run)
         if first is not run:
             # Of a run and its copy, one may lack scores that the other has.
             files, of_first = _score_files(run), _score_files(first)
             kept, other = (run, first) if len(files) > len(of_first) else (first, run)
-            runs[digest] = kept
+            runs[same] = kept
             unused = sorted(files - of_first if kept is first else of_first - files)
             reason = f"; its scores are not used: {', '.join(unused)}" if unused else ""
-            left_out.append(LeftOut(other.path, f"the same run as {kept.path}{reason}"))
+            what = "the same run as" if _of_same_rows(kept, other) else "on other rows than the run of its id in"
+            left_out.append(LeftOut(other.path, f"{what} {kept.path}{reason}"))
     return list(runs.values()), left_out
 
 
@@ -209,6 +211,13 @@ class Names:
         self.configurations.update((arm.configuration, arm.name))
         self.metrics.setdefault(task, set()).update(metrics)
         self.keys.update(leaves(identity))
+
+
+def _of_same_rows(run: Run, other: Run) -> bool:
+    """Whether both were trained and validated on the same rows: an id does not say what the files held."""
+    return {name: data.digest for name, data in run.record.data.items()} == {
+        name: data.digest for name, data in other.record.data.items()
+    }
 
 
 def _score_files(run: Run) -> set[str]:

@@ -48,6 +48,19 @@ def _plain(value: Any) -> Any:
     return identity(value) if is_dataclass(value) else value
 
 
+def neutral_values(section: Any) -> dict[str, Any]:
+    """The keys of a configuration (or of a section) that `identity` may leave out, at their `neutral` values, as nested
+    plain data."""
+    values: dict[str, Any] = {}
+    for item in fields(section):
+        value = getattr(section, item.name)
+        if "neutral" in item.metadata:
+            values[item.name] = _plain(item.metadata["neutral"])
+        elif is_dataclass(value) and (inner := neutral_values(value)):
+            values[item.name] = inner
+    return values
+
+
 def _unused(section: Any) -> tuple[str, ...]:
     """The keys of a section that mean nothing with its other values: another method has no A, B, u and v, and a sum of
     terms has them in its terms."""

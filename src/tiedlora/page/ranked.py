@@ -268,7 +268,7 @@ def _seconds(arm: RankedArm) -> float:
 def _search(arm: RankedArm) -> str:
     """Whether a search stands behind the rate: one of these runs, one that a sweep has recorded, or a published one."""
     group = arm.group
-    if len(group.rates) > 1 or group.has_recorded_rate:
+    if len(group.rates) > 1:
         return "searched"
     found = searched_lr(group.runs[0].record.base.name, group.task, group.label, group.rank)
     return "searched" if found == group.lr else NOT_SEARCHED

@@ -205,6 +205,7 @@ class SweepControl:
         started/RUN_ID    how many workers have started the cell and not ended: the one at work, and those killed before
         began             written when the latest command began: a cell that has failed since then is not run again. It
                           holds fail_fast, if the first cell that fails stops the sweep
+        ended             written when the latest command ended by itself: a search may need a cell that has failed
 
     Every process and machine of a sweep sees the same files, so this works under every launcher.
 
@@ -214,15 +215,23 @@ class SweepControl:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._began, self._first_failure = folder / "began", folder / "first_failure"
+        self._began, self._ended, self._first_failure = folder / "began", folder / "ended", folder / "first_failure"
         self._began_at: int | None = None
 
     def start(self, fail_fast: bool) -> None:
         """Begin a sweep. Dropped cells stay dropped; earlier failures and retries count no more."""
-        for path in [self._first_failure, *self.folder.glob("retried/*"), *self.folder.glob("started/*")]:
+        for path in [self._ended, self._first_failure, *self.folder.glob("retried/*"), *self.folder.glob("started/*")]:
             path.unlink(missing_ok=True)
         storage.write_bytes(self._began, b"fail_fast" if fail_fast else b"", flush=False)
         self._began_at = self._began.stat().st_mtime_ns
+
+    def end(self) -> None:
+        """Note that the command has ended by itself, and starts no further cell."""
+        storage.write_bytes(self._ended, b"", flush=False)
+
+    def has_ended(self) -> bool:
+        """Whether the latest command has ended by itself."""
+        return self._ended.exists()
 
     def began(self) -> float:
         """When the latest command of the sweep began, in seconds; 0 before the first."""
@@ -243,6 +252,10 @@ class SweepControl:
     def is_dropped(self, run_id: str) -> bool:
         """Whether `sweep.py drop` has taken the cell out of the sweep."""
         return (self.folder / "dropped" / run_id).exists()
+
+    def retried(self) -> list[str]:
+        """The cells that should run once more."""
+        return sorted(path.name for path in self.folder.glob("retried/*"))
 
     def take_retry(self, run_id: str) -> bool:
         """Whether the cell should run once more. The answer is True once for each `retry`."""

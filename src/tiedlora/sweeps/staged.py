@@ -31,6 +31,7 @@ from tiedlora.config.trial_arm import TrialArm
 from tiedlora.errors import UserError
 from tiedlora.places import DATA
 from tiedlora.records.rows import read_validation_losses
+from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.scores import read_run_scores
 from tiedlora.records.selection import (
     LOSS,
@@ -155,8 +156,6 @@ class StagedSweep:
                 "select"
             )
         self.sweep, self.launch, self.control = sweep, launch, sweep.control
-        self._finished_before = {cell.run_id for cell in sweep.cells if cell.folder.result_file.exists()}
-        """The runs that this command has found finished. Their inputs are checked at the end."""
         self._fail_fast = options.fail_fast
         self._launched: set[Goal] = set()
         """Empty until the first launch. Before it nothing is written, so a read-only archive can be printed."""
@@ -170,6 +169,9 @@ class StagedSweep:
         Raises:
             UserError: a file of a run, or the selection.json of an earlier start, is damaged.
         """
+        # A diverged run is a result, until a person asks for it again.
+        for run_id in self.control.retried():
+            RunFolder(self.sweep.path.parents[1] / run_id).error_file.unlink(missing_ok=True)
         while True:
             for search in self.searches:
                 search.decide()
@@ -280,13 +282,24 @@ class StagedSweep:
         notes = selection.decision_lines(selected, ("diverged", "outward", "edge", "tied", "fallback", "none"))
         return [*notes, *([""] if notes else []), *selection.table(selected.choices, searched=True)]
 
-    def end(self, unfinished: Sequence[SweepCell] = ()) -> None:
-        """End the command, with SystemExit as run_staged. `unfinished` are missing runs that no search needs."""
+    def end(self, unfinished: Sequence[SweepCell] = (), of_looks: Iterable[SweepCell] = ()) -> None:
+        """End the command, with SystemExit as run_staged.
+
+        Args:
+            unfinished: missing runs that no search needs.
+            of_looks: finished runs at a chosen rate, also at seeds that no search has.
+        """
         asked = [*(cell for search in self.searches for cell in search.next_cells()), *unfinished]
         trials = [(search, trial) for search in self.searches for trial in search.stage.trials()]
-        used = [search.cell(trial.lr, seed) for search, trial in trials for seed in trial.losses]
+        of_search = [search.cell(trial.lr, seed) for search, trial in trials for seed in trial.losses]
+        used = {cell.run_id: cell for cell in [*of_search, *of_looks]}
         errors = {cell.run_id: self._why_unfinished(cell) for cell in asked}
-        errors.update(changed_inputs(cell for cell in used if cell.run_id in self._finished_before))
+        # Those that this command has launched were checked then.
+        launched = {goal.run_id for goal in self._launched}
+        earlier = [cell for run_id, cell in used.items() if run_id not in launched and cell.folder.result_file.exists()]
+        errors.update(changed_inputs(earlier))
+        if self._launched:
+            self.control.end()
         without = [search.name for search in self.searches if not search.stage.requests and search.stage.chosen is None]
         for name in without:
             print(f"{name}: every rate diverged; add lower ones with train.lr=", file=sys.stderr)
@@ -386,7 +399,8 @@ def run_deciding(sweep: Sweep, options: DecidingOptions, launch: Launch) -> None
         where = f" ({answer.model}, {answer.task})" if answer.model else ""
         print(f"{answer.claim.name}{where}: {verdict}: {answer.reason}")
     print(f"{len(used)} runs in all" + (f"; the budget of {budget} runs is spent" if spent else ""))
-    staged.end(() if spent else tuple(needed.values()))
+    of_looks = [cell for _, _, cell in _of_looks(planned, staged) if cell.finished()]
+    staged.end(() if spent else tuple(needed.values()), of_looks)
 
 
 def _check_sides(sweep: Sweep, claims: Sequence[Claim]) -> None:

@@ -133,8 +133,8 @@ def status_of(
     folder = cell.folder
     try:
         run = read_finished(folder)
-        # A search scores only the chosen runs. The others are done without scores.
-        is_unscored = searched is not None and cell.run_id not in searched.chosen
+        # A search scores only the runs that it chooses. The others are done without scores.
+        is_unscored = searched is not None and cell.run_id not in searched.chosen and not folder.error_file.exists()
         is_scored = run is None or is_unscored or not lacks_scores(cell.config.score, folder)
     except UserError as damage:
         return CellStatus(cell, State.FAILED, error=visible(str(damage)))
@@ -366,8 +366,10 @@ def views(folder: Path) -> Iterator[SweepView]:
             # Before, the search may still choose a run that is done without scores.
             done.update({cell.run_id: cell for cell in cells if cell.state == State.DONE})
         stopped_by = control.first_failure()
-        is_working = any(cell.state == State.RUNNING or (cell.is_open and stopped_by is None) for cell in cells)
-        ended = is_decided and not is_working
+        # A search that needs a cell that has failed starts no other one, and decides nothing.
+        goes_on = stopped_by is None and not control.has_ended()
+        is_working = any(cell.state == State.RUNNING or (cell.is_open and goes_on) for cell in cells)
+        ended = (is_decided or not goes_on) and not is_working
         summary = summary_line(visible(folder.name), cells) + (", ended" if ended else "")
         if stopped_by is not None:
             summary += f"; stopped, because {visible(stopped_by)} failed (fail_fast)"
