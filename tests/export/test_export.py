@@ -24,7 +24,7 @@ from tiedlora.config import compose
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
-from tiedlora.export.folder import ExportOptions, card, to_merged, to_peft
+from tiedlora.export.folder import ExportOptions, card, export_run, to_merged, to_peft
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.scores import RunScores
 from tiedlora.runs import run
@@ -144,6 +144,22 @@ def test_no_export_names_the_folder_of_the_base(tiny_config, script, tmp_path):
     assert json.loads((folder / "export" / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == (
         record.base.name
     )
+
+
+@pytest.mark.parametrize("form", ["peft", "hub-card"])
+def test_the_folder_of_a_method_of_peft_names_the_base_as_the_hub_does(form, tiny_config, finish, tmp_path):
+    config = tiny_config("tying=peft/vera", "tying.arguments.r=8")
+    record = finish(config)
+    folder = RunFolder(tmp_path / "outputs" / record.run_id)
+    # A run on the embedded model would take its files; only its name matters here.
+    embedded = replace(config, model=compose_config([]).model)
+    export_run(folder, record, embedded, tmp_path / "out", ExportOptions(form))
+    theirs, own = (json.loads((at / "adapter_config.json").read_text()) for at in (tmp_path / "out", folder.adapter))
+    assert theirs == own | {
+        "base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "revision": None,
+    }
+    assert own["base_model_name_or_path"] == record.base.name
 
 
 @pytest.mark.parametrize(

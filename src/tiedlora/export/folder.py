@@ -108,6 +108,7 @@ def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path,
     if changed := next((name for name, sha256 in record.files.items() if found.get(name) != sha256), None):
         raise UserError(f"{run.path / changed}: is missing, or has changed since the run; nothing is exported")
     adapter, _ = arms.read(run.adapter)
+    hub_name, revision = base_to_load(config.model), record.base.version if config.model.source == "hub" else None
     if (is_full := config.tying.method == FULL) and options.form != "merged":
         raise UserError(f"--to {options.form}: full fine-tuning has no adapter; --to merged writes the whole model")
     if isinstance(adapter, arms.ArmSpec) and not is_full:
@@ -122,14 +123,17 @@ def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path,
                 "copies the adapter for tiedlora.load, after that program has registered it"
             )
         own = [DESCRIPTION] if options.form == "hub-card" else []
-        _copy(run, out, *own, arms.read_description(run.adapter).tensors_file, PEFT_FILE)
+        _copy(run, out, *own, arms.read_description(run.adapter).tensors_file)
+        if (peft_file := run.adapter / PEFT_FILE).is_file():
+            # The run's own file names the base as the run does: of an embedded model, by a file that is on no hub.
+            about_base = {"base_model_name_or_path": hub_name, "revision": revision}
+            storage.write_json(out / PEFT_FILE, storage.read_json(peft_file) | about_base)
         return
     if options.form == "hub-card":
         _copy(run, out, DESCRIPTION, TENSORS)
         return
     if options.form == "peft" and isinstance(adapter, TiedAdapter):
-        revision = record.base.version if config.model.source == "hub" else None
-        to_peft(adapter, out, base_to_load(config.model), revision)
+        to_peft(adapter, out, hub_name, revision)
         return
     if config.model.quantization:
         raise UserError(
