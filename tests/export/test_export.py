@@ -95,6 +95,35 @@ def test_the_folder_is_what_pefts_format_wants(ids, tmp_path):
     ] * 6
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "changes", "scaling"),
+    [
+        ("llama", "RaSA", {}, "standard"),
+        ("gpt2", "TAuv_LoRA1", {}, "standard"),
+        ("phi3", "TABuv", {"targets": ["q", "v", "o"]}, "standard"),
+        ("llama", "LoRA", {}, "rslora"),
+        ("llama", "LoRA", {}, "standard"),
+    ],
+)
+def test_programs_that_read_only_r_and_lora_alpha_get_the_same_update(family, name, changes, scaling, ids, tmp_path):
+    """llama.cpp scales by lora_alpha / the tensors' own rank, and vLLM takes one rank for all."""
+    model = family_model(family)
+    twin = copy.deepcopy(model)
+    attached = attach(model, replace(tying_option(name), **changes), RANK, ALPHA, scaling=scaling)
+    randomise(attached.adapter, scale=0.25)
+    to_peft(attached.adapter, tmp_path, "a/base")
+    assert close(logits(PeftModel.from_pretrained(twin, tmp_path), ids), logits(model, ids))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == ({}, {}, False)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for path, (A, B) in attached.adapter.pairs(attached.adapter.scale).items():
+        own_A, own_B = (tensors[f"base_model.model.{path}.lora_{factor}.weight"] for factor in "AB")
+        assert len(own_A) == own_B.shape[1] == config["r"]
+        assert torch.allclose(config["lora_alpha"] / len(own_A) * own_B @ own_A, B @ A, atol=1e-6)
+    if (name, scaling) == ("LoRA", "standard"):
+        assert (config["r"], config["lora_alpha"]) == (RANK, ALPHA), "as PEFT's own LoRA"
+
+
 def test_merging_a_rounded_base_is_refused(tmp_path):
     with pytest.raises(UserError, match="load it in float32"):
         to_merged(attach(family_model("llama").bfloat16(), "TABuv", RANK), None, tmp_path)

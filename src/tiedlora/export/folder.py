@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors.torch import save_file
+from torch.nn import functional as F
 
 from tiedlora import storage
 from tiedlora.adapter import arms
@@ -44,7 +45,6 @@ from tiedlora.records.scores import RunScores, read_run_scores, read_scores
 from tiedlora.tasks import NoSuchTask, load_task
 from tiedlora.tasks.gsm8k import FLEXIBLE, STRICT, Gsm8k
 from tiedlora.text import visible
-from tiedlora.tying import scale
 
 PEFT_TENSORS = "adapter_model.safetensors"
 
@@ -267,32 +267,39 @@ def to_peft(adapter: TiedAdapter, folder: Path | str, base: str, revision: str |
         base: the name of the base model, for programs that load it themselves. A path would be one of this machine.
         revision: the revision of the base model on the hub.
     """
-    layout, tensors, in_layer = layout_of(adapter.architecture), {}, {}
-    for path, (A, B) in adapter.pairs().items():
+    layout, tensors, in_layer = layout_of(adapter.architecture), {}, set()
+    pairs, rank, alpha = adapter.pairs(), adapter.rank, adapter.alpha
+    # Several targets of one fused module, and several terms, are stacked, so that a module has another rank. PEFT reads
+    # ranks and alphas by module, and rsLoRA's scale, but llama.cpp and vLLM do not: they would apply another update, or
+    # refuse it. So the scale is in the factors, rows of zeros give every module one rank, and lora_alpha / r is 1.
+    if adapter.scaling != "standard" or any(len(A) != rank for A, _ in pairs.values()):
+        pairs = adapter.pairs(adapter.scale)
+        rank = max(len(A) for A, _ in pairs.values())
+        alpha = float(rank)
+    for path, (A, B) in pairs.items():
+        zeros = rank - len(A)
+        A, B = F.pad(A.float().cpu(), (0, 0, 0, zeros)), F.pad(B.float().cpu(), (0, zeros))
         # Copies, because safetensors refuses tensors that share memory, such as the layers of a tied A.
-        tensors[f"base_model.model.{path}.lora_A.weight"] = A.float().cpu().clone()
-        tensors[f"base_model.model.{path}.lora_B.weight"] = B.float().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[f"base_model.model.{path}.lora_A.weight"] = A.clone()
+        tensors[f"base_model.model.{path}.lora_B.weight"] = B.clone(memory_format=torch.contiguous_format)
         # A path inside a layer means this module in every layer. The last name is not enough: GPT-2 has two c_proj.
-        in_layer[path.removeprefix(f"{layout.layers}.").partition(".")[2]] = len(A)
-    # Several targets of one fused module, and several terms, are stacked: the module has another rank, and another
-    # alpha so that its scale stays.
-    stacked = {path: rank for path, rank in in_layer.items() if rank != adapter.rank}
+        in_layer.add(path.removeprefix(f"{layout.layers}.").partition(".")[2])
     # Another part of a model with a layout by hand may have modules of the same names, such as the one for images.
     whole_paths = bool(adapter.architecture.layout.layers)
     some_layers = len(adapter.layers) < adapter.architecture.layers and not whole_paths
     # The names are those of PEFT's LoraConfig.
-    config = {
+    config: dict[str, Any] = {
         "base_model_name_or_path": base,
         "revision": revision,
-        "r": adapter.rank,
+        "r": rank,
         # Always written: PEFT's scale follows from it and from r, and its default of lora_alpha is 8 at every rank.
-        "lora_alpha": adapter.alpha,
+        "lora_alpha": alpha,
         "lora_dropout": adapter.tying.dropout,
         "fan_in_fan_out": layout.transposed,
         "target_modules": sorted(adapter.paths() if whole_paths else in_layer),
-        "rank_pattern": stacked,
-        "alpha_pattern": {path: adapter.scale / scale(1.0, rank, adapter.scaling) for path, rank in stacked.items()},
-        "use_rslora": adapter.scaling == "rslora",
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
         "layers_to_transform": adapter.layers if some_layers else None,
         # PEFT needs the name of the list of layers beside layers_to_transform.
         "layers_pattern": layout.layers.rpartition(".")[2] if some_layers else None,
