@@ -175,6 +175,39 @@ def test_no_export_names_the_folder_of_the_base(tiny_config, script, tmp_path):
     )
 
 
+TASK = "tiedlora_chain_sum_validation.yaml"
+
+
+@pytest.fixture
+def exported(tiny_config, finish, tmp_path):
+    """Exports a finished run to peft, as if some of its keys had other values. Returns the card and the folder."""
+    config = tiny_config()
+    record = finish(config)
+
+    def export(**changes):
+        """Args: changes: section -> its keys and their values."""
+        changed = replace(config, **{name: replace(getattr(config, name), **keys) for name, keys in changes.items()})
+        out = tmp_path / f"exported-{len(list(tmp_path.iterdir()))}"
+        export_run(RunFolder(tmp_path / "outputs" / record.run_id), record, changed, out, ExportOptions("peft"))
+        return (out / "README.md").read_text(), out
+
+    return export
+
+
+def test_lm_eval_asks_a_chat_template_as_the_run_did_or_has_no_task(exported):
+    text, out = exported(task={"chat_template": True, "template_options": {"enable_thinking": False}})
+    assert ",enable_thinking=False --include_path" in text
+    assert "--apply_chat_template`. A chat template that asks for the date gets today's from lm_eval" in text
+    assert (out / TASK).is_file()
+    text, out = exported(task={"chat_template": True})
+    assert "enable_thinking" not in text
+    for options in ({"tools": "none"}, {"enable_thinking": False, "tools": "none"}, {"enable_thinking": "no"}):
+        text, out = exported(task={"chat_template": True, "template_options": options})
+        assert "There is no task for lm_eval here: it gives a chat template no other option" in text
+        assert not (out / TASK).exists()
+        assert "lm_eval --model" not in text
+
+
 @pytest.mark.parametrize("form", ["peft", "hub-card"])
 def test_the_folder_of_a_method_of_peft_names_the_base_as_the_hub_does(form, tiny_config, finish, tmp_path):
     config = tiny_config("tying=peft/vera", "tying.arguments.r=8")

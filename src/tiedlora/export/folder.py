@@ -32,6 +32,7 @@ from tiedlora.config import compose
 from tiedlora.config.embedded import EMBEDDED, EmbeddedModel
 from tiedlora.config.identity import identity
 from tiedlora.config.schema import Config, ModelConfig, TaskConfig
+from tiedlora.data.encoding import DATE, THINKING
 from tiedlora.description import DESCRIPTION
 from tiedlora.errors import UserError
 from tiedlora.families import layout_of
@@ -161,7 +162,16 @@ def _is_gsm8k(task: TaskConfig) -> bool:
 
 
 def _write_task(run: RunFolder, config: Config, out: Path, options: ExportOptions) -> str:
-    """Write `<name>.yaml` and its rows for lm-evaluation-harness, and return the sentence that says its use."""
+    """Write `<name>.yaml` and its rows for lm-evaluation-harness, and return what the card says of its use.
+
+    Where lm-eval would ask other prompts, nothing is written, and the card says why.
+    """
+    thinking = config.task.template_options.get(THINKING)
+    if config.task.template_options not in ({}, {THINKING: thinking}) or not isinstance(thinking, bool | None):
+        return (
+            "There is no task for lm_eval here: it gives a chat template no other option than "
+            f"`{THINKING}`=True or False, so its prompts would be others."
+        )
     # The name becomes the name of two files.
     name = f"tiedlora_{config.task.name}_{options.split}".replace("/", "_")
     scored = read_run_scores(run).of(options.split)[0]
@@ -178,12 +188,16 @@ def _write_task(run: RunFolder, config: Config, out: Path, options: ExportOption
     version = config.model.commit or config.model.revision
     model += [f"revision={version}"] if is_named and version != "main" else []
     model += [quantised.format(dtype=dtype)] if quantised else []
+    model += [] if thinking is None else [f"{THINKING}={thinking}"]
     chat_template = " --apply_chat_template" if config.task.chat_template else ""
-    return (
+    use = (
         f"The {len(rows)} {options.split} rows below, asked by lm-evaluation-harness (start it inside this folder): "
         f"`lm_eval --model hf --model_args {','.join(model)} --include_path . --tasks {name} "
         f"--batch_size {config.score.batch_size}{chat_template}`"
     )
+    if config.task.chat_template:
+        use += f". A chat template that asks for the date gets today's from lm_eval; in this run it is always {DATE}"
+    return use
 
 
 def card(record: RunRecord, scores: RunScores, config: Config, options: ExportOptions, task: str = "") -> str:
