@@ -208,6 +208,15 @@ def test_lm_eval_asks_a_chat_template_as_the_run_did_or_has_no_task(exported):
         assert "lm_eval --model" not in text
 
 
+def test_lm_eval_gets_no_argument_that_transformers_refuses_for_a_quantised_base(exported):
+    text, _ = exported(model={"quantization": "nf4", "source": "hub", "commit": "0" * 40})
+    assert "pretrained=BASE_MODEL,peft=.,dtype=float32 --include_path" in text
+    assert "BASE_MODEL must be a folder of quantised weights: load the base as above, and call `save_pretrained`" in (
+        text
+    )
+    assert "quantised" not in exported()[0]
+
+
 @pytest.mark.parametrize("form", ["peft", "hub-card"])
 def test_the_folder_of_a_method_of_peft_names_the_base_as_the_hub_does(form, tiny_config, finish, tmp_path):
     config = tiny_config("tying=peft/vera", "tying.arguments.r=8")

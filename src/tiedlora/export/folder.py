@@ -49,12 +49,6 @@ from tiedlora.text import visible
 
 PEFT_TENSORS = "adapter_model.safetensors"
 
-QUANTISED = {
-    "nf4": "load_in_4bit=True,bnb_4bit_quant_type=nf4,bnb_4bit_use_double_quant=True,bnb_4bit_compute_dtype={dtype}",
-    "int8": "load_in_8bit=True",
-}
-"""model.quantization -> lm_eval's --model_args that quantise as models/placement.py does. {dtype} is train.dtype."""
-
 
 @dataclass(frozen=True)
 class ExportOptions:
@@ -182,12 +176,10 @@ def _write_task(run: RunFolder, config: Config, out: Path, options: ExportOption
     text = _rendered("export.task.yaml.j2", name=name, task=config.task, **patterns)
     storage.write_bytes(out / f"{name}.yaml", text.encode())
     dtype = options.dtype if options.form == "merged" else config.train.dtype
-    quantised = QUANTISED.get(config.model.quantization or "")
     model = ["pretrained=BASE_MODEL,peft=." if options.form == "peft" else "pretrained=.", f"dtype={dtype}"]
-    is_named = options.form == "peft" and config.model.source == "hub"
+    is_named = options.form == "peft" and config.model.source == "hub" and not config.model.quantization
     version = config.model.commit or config.model.revision
     model += [f"revision={version}"] if is_named and version != "main" else []
-    model += [quantised.format(dtype=dtype)] if quantised else []
     model += [] if thinking is None else [f"{THINKING}={thinking}"]
     chat_template = " --apply_chat_template" if config.task.chat_template else ""
     use = (
@@ -195,6 +187,12 @@ def _write_task(run: RunFolder, config: Config, out: Path, options: ExportOption
         f"`lm_eval --model hf --model_args {','.join(model)} --include_path . --tasks {name} "
         f"--batch_size {config.score.batch_size}{chat_template}`"
     )
+    if config.model.quantization:
+        # transformers 5 takes no load_in_4bit any more, and lm-eval has no other way to quantise.
+        use += (
+            ". BASE_MODEL must be a folder of quantised weights: load the base as above, and call `save_pretrained` of "
+            "it and of its tokenizer"
+        )
     if config.task.chat_template:
         use += f". A chat template that asks for the date gets today's from lm_eval; in this run it is always {DATE}"
     return use
