@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from tiedlora.config.identity import arm_of, config_tree
+from tiedlora.config.identity import arm_of, config_tree, without_paths
 from tiedlora.config.schema import LONGEST_TAG, Config
 from tiedlora.errors import Paused, UserError
 from tiedlora.records.rows import AppendedFile, MetricsRow, read_metrics
@@ -71,8 +71,9 @@ class TrackedRun:
         return [*(word[:LONGEST_TAG] for word in words), *config.tracking.tags]
 
     def settings(self) -> dict[str, Any]:
-        """The configuration as nested plain data, with the run's id and size."""
-        return {**config_tree(self.config), "run_id": self.run_id, "trainable_params": self.trainable_params}
+        """The configuration as nested plain data without paths of this machine, with the run's id and size."""
+        about_run = {"run_id": self.run_id, "trainable_params": self.trainable_params}
+        return config_tree(without_paths(self.config)) | about_run
 
     @property
     def _model(self) -> str:
