@@ -77,7 +77,7 @@ def locked(path: Path, patience: float | None = None) -> Iterator[None]:
         lock.release()
 
 
-def _flush(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     """Flush a file, or a folder's entries, to the disk, so that a rename inside it survives a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -120,7 +120,7 @@ def write_bytes(path: Path, data: bytes, flush: bool = True) -> None:
     finally:
         beside.unlink(missing_ok=True)
     if flush:
-        _flush(path.parent)
+        flush_to_disk(path.parent)
 
 
 def write_changed(path: Path, data: bytes, flush: bool = True) -> None:
@@ -381,7 +381,7 @@ def new_folder(path: Path, replaces: bool = True) -> Iterator[Path]:
         with naming(path):
             yield beside
             for entry in [*beside.rglob("*"), beside]:
-                _flush(entry)
+                flush_to_disk(entry)
             try:
                 if replaces and path.is_dir():
                     os.replace(path, before)
@@ -390,7 +390,7 @@ def new_folder(path: Path, replaces: bool = True) -> Iterator[Path]:
                 if before.exists() and not path.exists():
                     os.replace(before, path)
                 raise
-            _flush(path.parent)
+            flush_to_disk(path.parent)
             shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

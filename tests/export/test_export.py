@@ -24,7 +24,7 @@ from tiedlora.config import compose
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
-from tiedlora.export.folder import ExportOptions, card, to_merged, to_peft
+from tiedlora.export.folder import ExportOptions, card, export_run, to_merged, to_peft
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.scores import RunScores
 from tiedlora.runs import run
@@ -95,6 +95,35 @@ def test_the_folder_is_what_pefts_format_wants(ids, tmp_path):
     ] * 6
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "changes", "scaling"),
+    [
+        ("llama", "RaSA", {}, "standard"),
+        ("gpt2", "TAuv_LoRA1", {}, "standard"),
+        ("phi3", "TABuv", {"targets": ["q", "v", "o"]}, "standard"),
+        ("llama", "LoRA", {}, "rslora"),
+        ("llama", "LoRA", {}, "standard"),
+    ],
+)
+def test_programs_that_read_only_r_and_lora_alpha_get_the_same_update(family, name, changes, scaling, ids, tmp_path):
+    """llama.cpp scales by lora_alpha / the tensors' own rank, and vLLM takes one rank for all."""
+    model = family_model(family)
+    twin = copy.deepcopy(model)
+    attached = attach(model, replace(tying_option(name), **changes), RANK, ALPHA, scaling=scaling)
+    randomise(attached.adapter, scale=0.25)
+    to_peft(attached.adapter, tmp_path, "a/base")
+    assert close(logits(PeftModel.from_pretrained(twin, tmp_path), ids), logits(model, ids))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == ({}, {}, False)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for path, (A, B) in attached.adapter.pairs(attached.adapter.scale).items():
+        own_A, own_B = (tensors[f"base_model.model.{path}.lora_{factor}.weight"] for factor in "AB")
+        assert len(own_A) == own_B.shape[1] == config["r"]
+        assert torch.allclose(config["lora_alpha"] / len(own_A) * own_B @ own_A, B @ A, atol=1e-6)
+    if (name, scaling) == ("LoRA", "standard"):
+        assert (config["r"], config["lora_alpha"]) == (RANK, ALPHA), "as PEFT's own LoRA"
+
+
 def test_merging_a_rounded_base_is_refused(tmp_path):
     with pytest.raises(UserError, match="load it in float32"):
         to_merged(attach(family_model("llama").bfloat16(), "TABuv", RANK), None, tmp_path)
@@ -144,6 +173,64 @@ def test_no_export_names_the_folder_of_the_base(tiny_config, script, tmp_path):
     assert json.loads((folder / "export" / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == (
         record.base.name
     )
+
+
+TASK = "tiedlora_chain_sum_validation.yaml"
+
+
+@pytest.fixture
+def exported(tiny_config, finish, tmp_path):
+    """Exports a finished run to peft, as if some of its keys had other values. Returns the card and the folder."""
+    config = tiny_config()
+    record = finish(config)
+
+    def export(**changes):
+        """Args: changes: section -> its keys and their values."""
+        changed = replace(config, **{name: replace(getattr(config, name), **keys) for name, keys in changes.items()})
+        out = tmp_path / f"exported-{len(list(tmp_path.iterdir()))}"
+        export_run(RunFolder(tmp_path / "outputs" / record.run_id), record, changed, out, ExportOptions("peft"))
+        return (out / "README.md").read_text(), out
+
+    return export
+
+
+def test_lm_eval_asks_a_chat_template_as_the_run_did_or_has_no_task(exported):
+    text, out = exported(task={"chat_template": True, "template_options": {"enable_thinking": False}})
+    assert ",enable_thinking=False --include_path" in text
+    assert "--apply_chat_template`. A chat template that asks for the date gets today's from lm_eval" in text
+    assert (out / TASK).is_file()
+    text, out = exported(task={"chat_template": True})
+    assert "enable_thinking" not in text
+    for options in ({"tools": "none"}, {"enable_thinking": False, "tools": "none"}, {"enable_thinking": "no"}):
+        text, out = exported(task={"chat_template": True, "template_options": options})
+        assert "There is no task for lm_eval here: it gives a chat template no other option" in text
+        assert not (out / TASK).exists()
+        assert "lm_eval --model" not in text
+
+
+def test_lm_eval_gets_no_argument_that_transformers_refuses_for_a_quantised_base(exported):
+    text, _ = exported(model={"quantization": "nf4", "source": "hub", "commit": "0" * 40})
+    assert "pretrained=BASE_MODEL,peft=.,dtype=float32 --include_path" in text
+    assert "BASE_MODEL must be a folder of quantised weights: load the base as above, and call `save_pretrained`" in (
+        text
+    )
+    assert "quantised" not in exported()[0]
+
+
+@pytest.mark.parametrize("form", ["peft", "hub-card"])
+def test_the_folder_of_a_method_of_peft_names_the_base_as_the_hub_does(form, tiny_config, finish, tmp_path):
+    config = tiny_config("tying=peft/vera", "tying.arguments.r=8")
+    record = finish(config)
+    folder = RunFolder(tmp_path / "outputs" / record.run_id)
+    # A run on the embedded model would take its files; only its name matters here.
+    embedded = replace(config, model=compose_config([]).model)
+    export_run(folder, record, embedded, tmp_path / "out", ExportOptions(form))
+    theirs, own = (json.loads((at / "adapter_config.json").read_text()) for at in (tmp_path / "out", folder.adapter))
+    assert theirs == own | {
+        "base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "revision": None,
+    }
+    assert own["base_model_name_or_path"] == record.base.name
 
 
 @pytest.mark.parametrize(

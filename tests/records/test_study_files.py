@@ -73,6 +73,20 @@ def test_where_the_plan_cannot_be_written_the_records_stay_as_files(study, monke
     assert files_of(study) == before
 
 
+def test_the_archive_is_on_the_disk_before_the_files_are_removed(study, monkeypatch):
+    flush, flushed = storage.flush_to_disk, []
+
+    def noted(path):
+        flush(path)
+        flushed.append((path.name, (study / "records.tar.xz").exists(), (study / "runs").exists()))
+
+    monkeypatch.setattr(storage, "flush_to_disk", noted)
+    study_files.finish(study)
+    # The content, and then the entry of the folder.
+    assert (".records.tar.xz.tmp", False, True) in flushed
+    assert flushed[-1] == ("small", True, True)
+
+
 def test_a_second_command_that_finishes_the_study_waits_and_keeps_the_archive(study, monkeypatch):
     unpack, said = study_files._unpack, []
 

@@ -98,6 +98,23 @@ class TestRuns:
         saved = load_file(tmp_path / "outputs" / second.run_id / "adapter" / "adapter.safetensors")
         assert not torch.equal(saved["qkv.u"], torch.ones_like(saved["qkv.u"]))
 
+    def test_an_adapter_of_a_program_needs_the_same_architecture(self, finished, tiny_config, tmp_path, ids, caplog):
+        """`save_pretrained` knows no digest of the model, so the weights cannot be compared."""
+        base = tiedlora.base_of(finished)
+        attached = attach(base.model, "TAB", 8)
+        randomise(attached.adapter)
+        attached.save_pretrained(tmp_path / "saved")
+        adapted = logits(base.model, ids)
+        attached.detach()
+        tiedlora.load(tmp_path / "saved", base)
+        assert torch.equal(logits(base.model, ids), adapted)
+        config = tiny_config("tying=TAB", f"train.init_from={tmp_path}/saved", "score.splits=[]")
+        assert run.main(config) is not None
+        assert len([entry for entry in caplog.messages if "did not say which weights its base had" in entry]) == 2
+        other = tiny_config("tying=TAB", f"train.init_from={tmp_path}/saved", "model=tiny_gpt2")
+        with pytest.raises(UserError, match=r"saved: the adapter is for a model with family=llama, .* family=gpt2"):
+            run.main(other)
+
     def test_identity_is_the_adapters_content(self, finished, tiny_config, tmp_path):
         shutil.copytree(finished / "adapter", tmp_path / "elsewhere")
         ids = {

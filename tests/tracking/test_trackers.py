@@ -1,6 +1,7 @@
 """Any tracker, W&B's or a new one: metrics.jsonl is written first, and the tracker gets a copy of it."""
 
 import copy
+import json
 import os
 import re
 import sys
@@ -84,6 +85,17 @@ def test_metrics_jsonl_is_first_and_a_resumed_segment_holds_the_whole_curve(fake
     # A run without a checkpoint starts over.
     RunTrackers(tracked, step=None)
     assert read_metrics(file) == []
+
+
+def test_a_tracker_gets_no_path_of_this_machine(tiny_config, tmp_path):
+    config = tiny_config(f"data_root={tmp_path}", f"score.forgetting={tmp_path}/neutral.txt")
+    config.model.path, config.task.files.train = str(tmp_path / "model"), str(tmp_path / "rows.jsonl")
+    config.train.init_from = str(tmp_path / "TAB-r8" / "adapter")
+    settings = TrackedRun("run", tmp_path, config, trainable_params=1).settings()
+    assert str(tmp_path) not in json.dumps(settings)
+    assert (settings["outputs"], settings["task"]["files"]["train"]) == ("outputs", "rows.jsonl")
+    assert (settings["score"]["forgetting"], settings["train"]["init_from"]) == ("neutral.txt", "TAB-r8/adapter")
+    assert settings["run_id"] == "run"
 
 
 @pytest.mark.usefixtures("fake")

@@ -9,6 +9,7 @@ themselves have no hooks. Each hook would be a separate object, so torch.compile
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ from tiedlora.errors import UserError
 from tiedlora.families import layout_of
 from tiedlora.other_methods import FULL, REGISTERED
 from tiedlora.tying import FACTORS, Layout, LrFactors, Tying, named, part_of
+
+log = logging.getLogger(__name__)
 
 
 class Adapted(nn.Module):
@@ -380,12 +383,8 @@ def attach_adapter(model: nn.Module, adapter: TiedAdapter, sharded: bool = False
             "attach: the model is sharded (FSDP or tensor parallel), which tied factors do not support; "
             "load it whole on each device, or start train.py with torchrun and train.shard=true"
         )
-    for name in ("family", "layers", "hidden", "heads", "kv_heads", "head_dim"):
-        if getattr(expected, name) != getattr(actual, name):
-            raise UserError(
-                f"attach: the adapter is for a model with {name}={getattr(expected, name)}, "
-                f"this model has {name}={getattr(actual, name)}"
-            )
+    if other := files.other_architecture(expected, actual):
+        raise UserError(f"attach: {other}")
     architectures.check(model, adapter.architecture, adapter.tying)
     linear.keep_gradients(model)
     modules = {path: model.get_submodule(path) for path in adapter.paths()}
@@ -403,13 +402,16 @@ def attach_saved(model: nn.Module, folder: Path, base: BaseModelRecord | None = 
     """Put the saved arm of any kind on `model`.
 
     Args:
-        base: what is known of `model`. It is compared with the base model that the arm was trained on.
+        base: what is known of `model`. It is compared with the base model that the arm was trained on, if that is known
+            too: `Attached.save` knows no digest. Then only the architecture is compared.
 
     Raises:
         UserError: a file is damaged, or the arm was made for another architecture or base model.
     """
     saved, trained_on = arms.read(folder)
-    if base not in (None, trained_on):
+    if base is not None and base != trained_on and trained_on.digest is None:
+        log.warning(files.UNKNOWN_BASE, folder, trained_on.name)
+    elif base not in (None, trained_on):
         raise UserError(f"{folder}: was trained on {trained_on}, the base model here is {base}")
     if isinstance(saved, TiedAdapter):
         return attach_adapter(model, saved)

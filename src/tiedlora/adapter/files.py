@@ -31,6 +31,7 @@ FORMATS = {"standard": 1, "rslora": 2}
 """Scaling -> the format of an adapter. Earlier versions, which know only the standard scaling, refuse the other number:
 they would apply another update without a word."""
 TENSORS = "adapter.safetensors"
+UNKNOWN_BASE = "%s: was saved by a program that did not say which weights its base had (%s), so they are not compared"
 
 
 def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> int:
@@ -165,14 +166,7 @@ def start_from(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> Non
         UserError: the base model, scale, rank, adapted layers or a shape differs, or only one of the two has a part.
     """
     saved, trained_on = load(folder)
-    if (trained_on.name, trained_on.digest) != (base.name, base.digest):
-        raise UserError(f"train.init_from={folder}: was trained on {trained_on}, the base model here is {base}")
-    if trained_on.quantization != base.quantization:
-        log.warning(
-            "train.init_from=%s: was trained on a base in %s, the base here is in %s",
-            folder,
-            *(each.quantization or "full precision" for each in (trained_on, base)),
-        )
+    _check_base(folder, trained_on, base, (saved.architecture, adapter.architecture))
     # If the terms have other names, the lists differ in length, and the names come first.
     for (key, theirs), (_, ours) in zip(_comparable(saved), _comparable(adapter), strict=False):
         if theirs != ours:
@@ -196,6 +190,37 @@ def start_from(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> Non
                 f"tying.{part}.trained=true, or take the constant of the saved adapter"
             )
         own.data.copy_(other)
+
+
+def _check_base(
+    folder: Path, trained_on: BaseModelRecord, base: BaseModelRecord, architectures: tuple[Architecture, Architecture]
+) -> None:
+    """Refuse a start from an adapter of another base model.
+
+    Args:
+        architectures: those of the saved adapter and of the one here.
+    """
+    if trained_on.digest is None and trained_on != base:
+        # A program made the model, and did not say which weights it has.
+        log.warning(UNKNOWN_BASE, f"train.init_from={folder}", trained_on.name)
+        if other := other_architecture(*architectures):
+            raise UserError(f"train.init_from={folder}: {other}")
+    elif (trained_on.name, trained_on.digest) != (base.name, base.digest):
+        raise UserError(f"train.init_from={folder}: was trained on {trained_on}, the base model here is {base}")
+    elif trained_on.quantization != base.quantization:
+        log.warning(
+            "train.init_from=%s: was trained on a base in %s, the base here is in %s",
+            folder,
+            *(each.quantization or "full precision" for each in (trained_on, base)),
+        )
+
+
+def other_architecture(expected: Architecture, actual: Architecture) -> str | None:
+    """In what a model differs from the one that an adapter was made for, in words; None if the adapter fits."""
+    for name in ("family", "layers", "hidden", "heads", "kv_heads", "head_dim"):
+        if (theirs := getattr(expected, name)) != (here := getattr(actual, name)):
+            return f"the adapter is for a model with {name}={theirs}, this model has {name}={here}"
+    return None
 
 
 def _comparable(adapter: TiedAdapter) -> list[tuple[str, object]]:

@@ -11,12 +11,12 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tiedlora import storage, tying
-from tiedlora.config.schema import Config
+from tiedlora.config.schema import SPLITS, Config, RowFiles
 from tiedlora.config.trial_arm import TrialArm, trial_arm
 from tiedlora.description import DESCRIPTION
 from tiedlora.errors import UserError
@@ -112,6 +112,27 @@ def identity_digest(values: Mapping[str, Any]) -> str:
 def config_tree(config: Config) -> dict[str, Any]:
     """The complete configuration as plain data, including the facts of execution."""
     return asdict(config)
+
+
+def without_paths(config: Config) -> Config:
+    """The configuration without what names folders of this machine, for others to read. It is the same run.
+
+    Files of rows and of neutral text keep their names, and a start keeps that of its run.
+    """
+    start = Path(config.train.init_from or "")
+    name = f"{start.parent.name}/adapter" if start.name == "adapter" else start.name
+    files = {split: Path(file).name for split in SPLITS if (file := getattr(config.task.files, split))}
+    forgetting = config.score.forgetting and Path(config.score.forgetting).name
+    return replace(
+        config,
+        model=replace(config.model, path=None),
+        task=replace(config.task, files=RowFiles(**files)),
+        train=replace(config.train, init_from=name or None),
+        score=replace(config.score, forgetting=forgetting),
+        outputs="outputs",
+        cache=".cache",
+        data_root=None,
+    )
 
 
 def without_gone_keys(tree: Any) -> Any:

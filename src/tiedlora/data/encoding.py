@@ -33,8 +33,10 @@ BLANK_MARK = "\u2581"
 """How SentencePiece writes a blank in a token."""
 ENCODING_VERSION = 2
 """Raise it when encode_rows gives other token ids for the same rows."""
-ONE_DATE = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro %}{{ '' }}"
-"""Put before a chat template that asks for the date: runs of different days have the same prompts. Llama 3.2's date."""
+DATE = "26 Jul 2024"
+"""What a chat template that asks for the date gets: runs of different days have the same prompts. Llama 3.2's date."""
+ONE_DATE = "{%- macro strftime_now(form) -%}" + DATE + "{%- endmacro %}{{ '' }}"
+"""Put before a chat template that asks for the date."""
 THINKING = "enable_thinking"
 """The name in the chat templates of Qwen3, SmolLM3 and others that think by default."""
 MIN_ROWS = 1000

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors.torch import save_file
+from torch.nn import functional as F
 
 from tiedlora import storage
 from tiedlora.adapter import arms
@@ -31,6 +32,7 @@ from tiedlora.config import compose
 from tiedlora.config.embedded import EMBEDDED, EmbeddedModel
 from tiedlora.config.identity import identity
 from tiedlora.config.schema import Config, ModelConfig, TaskConfig
+from tiedlora.data.encoding import DATE, THINKING
 from tiedlora.description import DESCRIPTION
 from tiedlora.errors import UserError
 from tiedlora.families import layout_of
@@ -44,15 +46,8 @@ from tiedlora.records.scores import RunScores, read_run_scores, read_scores
 from tiedlora.tasks import NoSuchTask, load_task
 from tiedlora.tasks.gsm8k import FLEXIBLE, STRICT, Gsm8k
 from tiedlora.text import visible
-from tiedlora.tying import scale
 
 PEFT_TENSORS = "adapter_model.safetensors"
-
-QUANTISED = {
-    "nf4": "load_in_4bit=True,bnb_4bit_quant_type=nf4,bnb_4bit_use_double_quant=True,bnb_4bit_compute_dtype={dtype}",
-    "int8": "load_in_8bit=True",
-}
-"""model.quantization -> lm_eval's --model_args that quantise as models/placement.py does. {dtype} is train.dtype."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +103,7 @@ def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path,
     if changed := next((name for name, sha256 in record.files.items() if found.get(name) != sha256), None):
         raise UserError(f"{run.path / changed}: is missing, or has changed since the run; nothing is exported")
     adapter, _ = arms.read(run.adapter)
+    hub_name, revision = base_to_load(config.model), record.base.version if config.model.source == "hub" else None
     if (is_full := config.tying.method == FULL) and options.form != "merged":
         raise UserError(f"--to {options.form}: full fine-tuning has no adapter; --to merged writes the whole model")
     if isinstance(adapter, arms.ArmSpec) and not is_full:
@@ -122,14 +118,17 @@ def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path,
                 "copies the adapter for tiedlora.load, after that program has registered it"
             )
         own = [DESCRIPTION] if options.form == "hub-card" else []
-        _copy(run, out, *own, arms.read_description(run.adapter).tensors_file, PEFT_FILE)
+        _copy(run, out, *own, arms.read_description(run.adapter).tensors_file)
+        if (peft_file := run.adapter / PEFT_FILE).is_file():
+            # The run's own file names the base as the run does: of an embedded model, by a file that is on no hub.
+            about_base = {"base_model_name_or_path": hub_name, "revision": revision}
+            storage.write_json(out / PEFT_FILE, storage.read_json(peft_file) | about_base)
         return
     if options.form == "hub-card":
         _copy(run, out, DESCRIPTION, TENSORS)
         return
     if options.form == "peft" and isinstance(adapter, TiedAdapter):
-        revision = record.base.version if config.model.source == "hub" else None
-        to_peft(adapter, out, base_to_load(config.model), revision)
+        to_peft(adapter, out, hub_name, revision)
         return
     if config.model.quantization:
         raise UserError(
@@ -157,7 +156,16 @@ def _is_gsm8k(task: TaskConfig) -> bool:
 
 
 def _write_task(run: RunFolder, config: Config, out: Path, options: ExportOptions) -> str:
-    """Write `<name>.yaml` and its rows for lm-evaluation-harness, and return the sentence that says its use."""
+    """Write `<name>.yaml` and its rows for lm-evaluation-harness, and return what the card says of its use.
+
+    Where lm-eval would ask other prompts, nothing is written, and the card says why.
+    """
+    thinking = config.task.template_options.get(THINKING)
+    if config.task.template_options not in ({}, {THINKING: thinking}) or not isinstance(thinking, bool | None):
+        return (
+            "There is no task for lm_eval here: it gives a chat template no other option than "
+            f"`{THINKING}`=True or False, so its prompts would be others."
+        )
     # The name becomes the name of two files.
     name = f"tiedlora_{config.task.name}_{options.split}".replace("/", "_")
     scored = read_run_scores(run).of(options.split)[0]
@@ -168,18 +176,26 @@ def _write_task(run: RunFolder, config: Config, out: Path, options: ExportOption
     text = _rendered("export.task.yaml.j2", name=name, task=config.task, **patterns)
     storage.write_bytes(out / f"{name}.yaml", text.encode())
     dtype = options.dtype if options.form == "merged" else config.train.dtype
-    quantised = QUANTISED.get(config.model.quantization or "")
     model = ["pretrained=BASE_MODEL,peft=." if options.form == "peft" else "pretrained=.", f"dtype={dtype}"]
-    is_named = options.form == "peft" and config.model.source == "hub"
+    is_named = options.form == "peft" and config.model.source == "hub" and not config.model.quantization
     version = config.model.commit or config.model.revision
     model += [f"revision={version}"] if is_named and version != "main" else []
-    model += [quantised.format(dtype=dtype)] if quantised else []
+    model += [] if thinking is None else [f"{THINKING}={thinking}"]
     chat_template = " --apply_chat_template" if config.task.chat_template else ""
-    return (
+    use = (
         f"The {len(rows)} {options.split} rows below, asked by lm-evaluation-harness (start it inside this folder): "
         f"`lm_eval --model hf --model_args {','.join(model)} --include_path . --tasks {name} "
         f"--batch_size {config.score.batch_size}{chat_template}`"
     )
+    if config.model.quantization:
+        # transformers 5 takes no load_in_4bit any more, and lm-eval has no other way to quantise.
+        use += (
+            ". BASE_MODEL must be a folder of quantised weights: load the base as above, and call `save_pretrained` of "
+            "it and of its tokenizer"
+        )
+    if config.task.chat_template:
+        use += f". A chat template that asks for the date gets today's from lm_eval; in this run it is always {DATE}"
+    return use
 
 
 def card(record: RunRecord, scores: RunScores, config: Config, options: ExportOptions, task: str = "") -> str:
@@ -263,32 +279,39 @@ def to_peft(adapter: TiedAdapter, folder: Path | str, base: str, revision: str |
         base: the name of the base model, for programs that load it themselves. A path would be one of this machine.
         revision: the revision of the base model on the hub.
     """
-    layout, tensors, in_layer = layout_of(adapter.architecture), {}, {}
-    for path, (A, B) in adapter.pairs().items():
+    layout, tensors, in_layer = layout_of(adapter.architecture), {}, set()
+    pairs, rank, alpha = adapter.pairs(), adapter.rank, adapter.alpha
+    # Several targets of one fused module, and several terms, are stacked, so that a module has another rank. PEFT reads
+    # ranks and alphas by module, and rsLoRA's scale, but llama.cpp and vLLM do not: they would apply another update, or
+    # refuse it. So the scale is in the factors, rows of zeros give every module one rank, and lora_alpha / r is 1.
+    if adapter.scaling != "standard" or any(len(A) != rank for A, _ in pairs.values()):
+        pairs = adapter.pairs(adapter.scale)
+        rank = max(len(A) for A, _ in pairs.values())
+        alpha = float(rank)
+    for path, (A, B) in pairs.items():
+        zeros = rank - len(A)
+        A, B = F.pad(A.float().cpu(), (0, 0, 0, zeros)), F.pad(B.float().cpu(), (0, zeros))
         # Copies, because safetensors refuses tensors that share memory, such as the layers of a tied A.
-        tensors[f"base_model.model.{path}.lora_A.weight"] = A.float().cpu().clone()
-        tensors[f"base_model.model.{path}.lora_B.weight"] = B.float().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[f"base_model.model.{path}.lora_A.weight"] = A.clone()
+        tensors[f"base_model.model.{path}.lora_B.weight"] = B.clone(memory_format=torch.contiguous_format)
         # A path inside a layer means this module in every layer. The last name is not enough: GPT-2 has two c_proj.
-        in_layer[path.removeprefix(f"{layout.layers}.").partition(".")[2]] = len(A)
-    # Several targets of one fused module, and several terms, are stacked: the module has another rank, and another
-    # alpha so that its scale stays.
-    stacked = {path: rank for path, rank in in_layer.items() if rank != adapter.rank}
+        in_layer.add(path.removeprefix(f"{layout.layers}.").partition(".")[2])
     # Another part of a model with a layout by hand may have modules of the same names, such as the one for images.
     whole_paths = bool(adapter.architecture.layout.layers)
     some_layers = len(adapter.layers) < adapter.architecture.layers and not whole_paths
     # The names are those of PEFT's LoraConfig.
-    config = {
+    config: dict[str, Any] = {
         "base_model_name_or_path": base,
         "revision": revision,
-        "r": adapter.rank,
+        "r": rank,
         # Always written: PEFT's scale follows from it and from r, and its default of lora_alpha is 8 at every rank.
-        "lora_alpha": adapter.alpha,
+        "lora_alpha": alpha,
         "lora_dropout": adapter.tying.dropout,
         "fan_in_fan_out": layout.transposed,
         "target_modules": sorted(adapter.paths() if whole_paths else in_layer),
-        "rank_pattern": stacked,
-        "alpha_pattern": {path: adapter.scale / scale(1.0, rank, adapter.scaling) for path, rank in stacked.items()},
-        "use_rslora": adapter.scaling == "rslora",
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
         "layers_to_transform": adapter.layers if some_layers else None,
         # PEFT needs the name of the list of layers beside layers_to_transform.
         "layers_pattern": layout.layers.rpartition(".")[2] if some_layers else None,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tiedlora import storage
 from tiedlora.config.compose import read_config
-from tiedlora.config.identity import config_tree
-from tiedlora.config.schema import SPLITS, Config, RowFiles
+from tiedlora.config.identity import config_tree, without_paths
+from tiedlora.config.schema import Config
 from tiedlora.records.rows import PredictionRow
 from tiedlora.records.run_folder import RunFolder, last_line
 from tiedlora.records.run_record import ConfigRecord, from_tree
@@ -65,17 +65,7 @@ def export_stopped(run: RunFolder, out: Path) -> None:
 
 def _copy_files(run: RunFolder, exported: RunFolder) -> Config:
     """Write config.yaml without paths, and copy the files without texts. Returns the configuration."""
-    config = read_config(run.config_file)
-    score = replace(config.score, forgetting=config.score.forgetting and Path(config.score.forgetting).name)
-    # RUN/adapter, or the name of another adapter's folder.
-    start = Path(config.train.init_from or "")
-    name = f"{start.parent.name}/adapter" if start.name == "adapter" else start.name
-    train = replace(config.train, init_from=name or None)
-    model = replace(config.model, path=None)
-    files = {split: Path(file).name for split in SPLITS if (file := getattr(config.task.files, split))}
-    task = replace(config.task, files=RowFiles(**files))
-    config = replace(config, outputs="outputs", cache=".cache", data_root=None)
-    config = replace(config, model=model, task=task, score=score, train=train)
+    config = without_paths(read_config(run.config_file))
     # First: the files below say how far a stopped run has come, so without them it is exported again after a kill.
     storage.write_yaml(exported.config_file, config_tree(config))
     # Of an earlier export, before the run started again.

@@ -124,10 +124,13 @@ def _finish(folder: Path) -> str:
         with tempfile.TemporaryDirectory(prefix=f".{ARCHIVE}-", dir=folder) as unpacked:
             _unpack(beside, Path(unpacked))
         sha256 = storage.sha256(beside)
+        # On the disk before the files are removed: a power failure could otherwise leave neither.
+        storage.flush_to_disk(beside)
         # Before the archive is there, the line means nothing. One may be left from a process that was killed here.
         text = _RECORDS.sub("", plan.read_text(encoding="utf-8")).rstrip("\n")
         storage.write_bytes(plan, f"{text}\n{_COMMENT}\nrecords: {sha256}\n".encode())
         beside.replace(archive)
+        storage.flush_to_disk(folder)
     finally:
         beside.unlink(missing_ok=True)
     for path in packed:

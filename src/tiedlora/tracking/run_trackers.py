@@ -13,6 +13,7 @@ from __future__ import annotations
 import configparser
 import importlib
 import logging
+import netrc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,10 +21,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
 
-from requests.utils import get_netrc_auth
-
-from tiedlora.config.identity import arm_of, config_tree
+from tiedlora.config.identity import arm_of, config_tree, without_paths
 from tiedlora.config.schema import LONGEST_TAG, Config
 from tiedlora.errors import Paused, UserError
 from tiedlora.records.rows import AppendedFile, MetricsRow, read_metrics
@@ -71,8 +71,9 @@ class TrackedRun:
         return [*(word[:LONGEST_TAG] for word in words), *config.tracking.tags]
 
     def settings(self) -> dict[str, Any]:
-        """The configuration as nested plain data, with the run's id and size."""
-        return {**config_tree(self.config), "run_id": self.run_id, "trainable_params": self.trainable_params}
+        """The configuration as nested plain data without paths of this machine, with the run's id and size."""
+        about_run = {"run_id": self.run_id, "trainable_params": self.trainable_params}
+        return config_tree(without_paths(self.config)) | about_run
 
     @property
     def _model(self) -> str:
@@ -154,9 +155,12 @@ def is_logged_in() -> bool:
     with suppress(OSError, ValueError, RuntimeError, configparser.Error):
         settings.read(Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser() / "settings")
     server = os.environ.get("WANDB_BASE_URL") or settings.defaults()["base_url"]
-    # The file of keys is the one that NETRC names, ~/.netrc or ~/_netrc, as W&B looks for it. It may be damaged.
-    with suppress(ValueError):
-        return get_netrc_auth(server) is not None
+    # The file of keys is the one that NETRC names, ~/.netrc or ~/_netrc, as W&B looks for it, and its name of a server
+    # has the port. A file that is missing or damaged holds no key.
+    with suppress(OSError, ValueError, RuntimeError, netrc.NetrcParseError):
+        usual, windows = Path("~/.netrc").expanduser(), Path("~/_netrc").expanduser()
+        path = Path(os.environ.get("NETRC") or (windows if windows.exists() and not usual.exists() else usual))
+        return netrc.netrc(path.expanduser()).authenticators(urlsplit(server).netloc) is not None
     return False
 
 
