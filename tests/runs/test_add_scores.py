@@ -183,9 +183,11 @@ def test_without_a_base_there_is_no_gain_and_no_file_of_it(config):
     assert not wrong(folder)
 
 
-def test_scores_that_are_made_again_have_their_base_also_if_the_run_had_none(config, script):
+def test_scores_that_are_made_again_have_their_base_also_if_the_run_had_none(config, script, capsys):
     run.main(config("score.base=false", "score.splits=[test]"))
     folder = folder_of(config())
+    run.main(config("score.splits=[test]"))
+    assert "its base model was not scored on test (score.base=false)" in capsys.readouterr().out
     assert not read_run_scores(folder).base_metrics("test")
     assert script("scripts/score.py", folder.path, "--split", "test", "--metrics", TARGET_LOSS, "--again")[0] == 0
     assert set(read_run_scores(folder).base_metrics("test")) == {TARGET_LOSS, TARGET_LOSS_BY_TOKEN}

@@ -32,6 +32,14 @@ from tiedlora.tasks.generated import Generated
 from tiedlora.training.distributed import ALONE
 
 
+def test_the_dropout_of_the_base_model_is_said(tiny_config, caplog):
+    caplog.set_level("INFO", "tiedlora")
+    loading.load(tiny_config(), ALONE)
+    assert "own dropout" not in caplog.text
+    loading.load(tiny_config("model=tiny_gpt2"), ALONE)
+    assert "the base model's own dropout (0.1) is active in training" in caplog.text
+
+
 def test_the_record_is_complete(tiny_config, capsys):
     config = tiny_config()
     result = run.main(config)

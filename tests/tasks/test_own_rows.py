@@ -243,6 +243,9 @@ def test_validation_is_cut_from_train_if_only_the_test_rows_are_given(tmp_path):
     train, test = write_lines(tmp_path / "a.jsonl", ROWS[:30]), write_lines(tmp_path / "b.jsonl", ROWS[30:])
     task = own_task(f"task.files={{train: {train}, test: {test}}}")
     assert [len(load_examples(task, split, None)) for split in SPLITS] == [27, 3, 10]
+    task = own_task(f"task.files={{train: {train}, validation: {test}}}", "task.validation_from_train=5")
+    with pytest.raises(UserError, match="task.validation_from_train=5: changes nothing"):
+        load_examples(task, "train", None)
 
 
 def test_rows_of_the_hub_need_its_id_alone_and_trained_rows_that_are_scored_are_left_out(tmp_path, monkeypatch):

@@ -87,6 +87,15 @@ def test_references_of_one_dialogue_are_one_example(tmp_path):
         load_examples(task_option("dialogsum"), "test", str(tmp_path))
 
 
+def test_a_context_of_hellaswag_that_is_scored_is_not_trained(tmp_path):
+    """The official training and validation rows share some, and nobody can remove them from the hub."""
+    shared, other = GOOD["hellaswag"], {**GOOD["hellaswag"], "ind": 8, "ctx_a": "A man peels a pear."}
+    for split, rows in (("train", [shared, other]), ("validation", [shared]), ("test", [{**shared, "ctx_b": "she"}])):
+        write(tmp_path, "hellaswag", *rows, split=split)
+    task = task_option("hellaswag", "task.rows.validation=null")
+    assert [example.id for example in load_examples(task, "train", str(tmp_path))] == ["activitynet-8"]
+
+
 def test_hellaswag_marks_are_removed_as_the_harness_does():
     raw = "[header] How to rest [title] Lie down. [step] Close  your eyes. [substeps] Sleep."
     assert cleaned(raw) == " How to rest. Lie down. Close your eyes. Sleep."

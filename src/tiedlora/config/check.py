@@ -63,6 +63,10 @@ def check_new_run(config: Config) -> None:
         )
     if config.train.init_digest is not None and not config.train.init_from:
         raise UserError("train.init_digest: is filled in by the program; name the adapter with train.init_from=RUN")
+    if config.train.schedule == "constant" and config.train.min_lr:
+        raise UserError(
+            f"train.min_lr={config.train.min_lr:g}: changes nothing with train.schedule=constant; set train.min_lr=0"
+        )
     if config.train.lr is not None and config.train.min_lr > config.train.lr:
         raise UserError(f"train.min_lr={config.train.min_lr:g}: is above train.lr={config.train.lr:g}; lower it")
     if config.tying.method is not None and config.tying.dropout:

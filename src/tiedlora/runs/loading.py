@@ -119,6 +119,10 @@ def load(config: Config, world: World) -> Loaded:
         )
     with devices.watched_cores(device):
         base = cached_base(config, device, world if config.train.shard else None)
+    own_dropout = {module.p for module in base.model.modules() if isinstance(module, nn.Dropout) and module.p}
+    if own_dropout:
+        shares = ", ".join(f"{share:g}" for share in sorted(own_dropout))
+        log.info("the base model's own dropout (%s) is active in training; its masks depend on the passes' size", shares)
     # 2. The rows as token ids, without those that do not fit. Given texts are compared whole, so no token ends them.
     encoder = Encoder(base.tokenizer, config.task, config.model.context, () if has_choices else base.more_ends)
     if (end := encoder.other_turn_end()) is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config
-from tiedlora.errors import Paused
+from tiedlora.errors import Paused, as_called
 from tiedlora.records.provenance import code_version
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
@@ -77,3 +77,8 @@ def _reuse(config: Config, folder: RunFolder, record: RunRecord) -> None:
         add_scores(folder, config)
     else:
         print(f"finished before: {folder.path} (force=true repeats it)")
+        scores = read_run_scores(folder, record)
+        for split in config.score.splits if config.score.base else []:
+            if not scores.gains(split):
+                command = as_called(f"python scripts/score.py {folder.path} --split {split} --again")
+                print(f"its base model was not scored on {split} (score.base=false); {command} scores both")

@@ -39,6 +39,7 @@ class HellaSwag(Task):
         "label": str,
     }
     metrics = ("accuracy", "accuracy_norm")
+    inputs_recur = True  # some contexts of the official training rows are also in the official validation rows
 
     def __init__(self, config: TaskConfig) -> None:
         super().__init__(config)

@@ -162,6 +162,11 @@ class OwnRows(Task):
     @override
     def cut_from_train(self, data_root: str | None) -> dict[str, int]:
         splits = self._kept_splits(data_root)
+        if (wished := self.config.validation_from_train) and self.config.files.validation:
+            raise UserError(
+                f"task.validation_from_train={wished}: changes nothing, because task.files.validation names the "
+                "validation rows; leave one of them out"
+            )
         # Who gives validation rows and no test rows has perhaps put them away.
         missing = SCORED_SPLITS if "validation" not in splits and "test" not in splits else ("validation",)
         cut = [split for split in missing if split not in splits]
