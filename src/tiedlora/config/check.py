@@ -63,12 +63,7 @@ def check_new_run(config: Config) -> None:
         )
     if config.train.init_digest is not None and not config.train.init_from:
         raise UserError("train.init_digest: is filled in by the program; name the adapter with train.init_from=RUN")
-    if config.train.schedule == "constant" and config.train.min_lr:
-        raise UserError(
-            f"train.min_lr={config.train.min_lr:g}: changes nothing with train.schedule=constant; set train.min_lr=0"
-        )
-    if config.train.lr is not None and config.train.min_lr > config.train.lr:
-        raise UserError(f"train.min_lr={config.train.min_lr:g}: is above train.lr={config.train.lr:g}; lower it")
+    _check_last_rate(config.train)
     if config.tying.method is not None and config.tying.dropout:
         raise UserError(
             f"tying.dropout={config.tying.dropout:g}: has no effect on {config.tying.method}; set the method's own "
@@ -89,6 +84,15 @@ def check_new_run(config: Config) -> None:
                 f"train.lr_factor.{part}=0: {part} starts at zero, so the update would always stay zero; raise it, or "
                 "start from a trained adapter (train.init_from)"
             )
+
+
+def _check_last_rate(train: TrainConfig) -> None:
+    if train.schedule == "constant" and train.min_lr:
+        raise UserError(
+            f"train.min_lr={train.min_lr:g}: changes nothing with train.schedule=constant; set train.min_lr=0"
+        )
+    if train.lr is not None and train.min_lr > train.lr:
+        raise UserError(f"train.min_lr={train.min_lr:g}: is above train.lr={train.lr:g}; lower it")
 
 
 def check_forgetting(source: str) -> None:

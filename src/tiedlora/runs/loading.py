@@ -119,10 +119,7 @@ def load(config: Config, world: World) -> Loaded:
         )
     with devices.watched_cores(device):
         base = cached_base(config, device, world if config.train.shard else None)
-    own_dropout = {module.p for module in base.model.modules() if isinstance(module, nn.Dropout) and module.p}
-    if own_dropout:
-        shares = ", ".join(f"{share:g}" for share in sorted(own_dropout))
-        log.info("the base model's own dropout (%s) is active in training; its masks depend on the passes' size", shares)
+    _say_own_dropout(base.model)
     # 2. The rows as token ids, without those that do not fit. Given texts are compared whole, so no token ends them.
     encoder = Encoder(base.tokenizer, config.task, config.model.context, () if has_choices else base.more_ends)
     if (end := encoder.other_turn_end()) is not None:
@@ -240,6 +237,14 @@ def _check_processes(world: World, is_shared: bool, device_map: str | None) -> N
             f"model.device_map={device_map}: every process would spread the model over all GPUs; "
             "start one process without torchrun, or use model.device_map=null"
         )
+
+
+def _say_own_dropout(model: nn.Module) -> None:
+    """Log the dropout of the base model itself, such as GPT-2's: no key of a run shows it."""
+    shares = sorted({module.p for module in model.modules() if isinstance(module, nn.Dropout) and module.p})
+    if shares:
+        words = ", ".join(f"{share:g}" for share in shares)
+        log.info("the base model's own dropout (%s) is active in training; its masks depend on the passes' size", words)
 
 
 def _encoded(read: RunRows, encoder: Encoder, base: BaseModel, cache: Path) -> dict[str, EncodedRows]:
