@@ -290,10 +290,9 @@ def to_peft(adapter: TiedAdapter, folder: Path | str, base: str, revision: str |
         alpha = float(rank)
     for path, (A, B) in pairs.items():
         zeros = rank - len(A)
-        A, B = F.pad(A.float().cpu(), (0, 0, 0, zeros)), F.pad(B.float().cpu(), (0, zeros))
-        # Copies, because safetensors refuses tensors that share memory, such as the layers of a tied A.
-        tensors[f"base_model.model.{path}.lora_A.weight"] = A.clone()
-        tensors[f"base_model.model.{path}.lora_B.weight"] = B.clone(memory_format=torch.contiguous_format)
+        # F.pad copies, also without zeros: safetensors refuses tensors that share memory, as the layers of a tied A do.
+        tensors[f"base_model.model.{path}.lora_A.weight"] = F.pad(A.float().cpu(), (0, 0, 0, zeros)).contiguous()
+        tensors[f"base_model.model.{path}.lora_B.weight"] = F.pad(B.float().cpu(), (0, zeros)).contiguous()
         # A path inside a layer means this module in every layer. The last name is not enough: GPT-2 has two c_proj.
         in_layer.add(path.removeprefix(f"{layout.layers}.").partition(".")[2])
     # Another part of a model with a layout by hand may have modules of the same names, such as the one for images.

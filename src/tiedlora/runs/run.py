@@ -59,7 +59,12 @@ def main(config: Config, folder: RunFolder | None = None) -> RunRecord | None:
     # Another process may have finished the run while this one waited, with other scores than this command asks for.
     if finished is not None or lacks_scores(config.score, folder):
         _reuse(config, folder, record)
-    print(terminal_lines(record, read_run_scores(folder, record), folder.path))
+    scores = read_run_scores(folder, record)
+    for split in config.score.splits if config.score.base else []:
+        if not scores.gains(split):
+            command = as_called(f"python scripts/score.py {folder.path} --split {split} --again")
+            print(f"its base model was not scored on {split} (score.base=false); {command} scores both")
+    print(terminal_lines(record, scores, folder.path))
     return record
 
 
@@ -77,8 +82,3 @@ def _reuse(config: Config, folder: RunFolder, record: RunRecord) -> None:
         add_scores(folder, config)
     else:
         print(f"finished before: {folder.path} (force=true repeats it)")
-        scores = read_run_scores(folder, record)
-        for split in config.score.splits if config.score.base else []:
-            if not scores.gains(split):
-                command = as_called(f"python scripts/score.py {folder.path} --split {split} --again")
-                print(f"its base model was not scored on {split} (score.base=false); {command} scores both")
