@@ -131,6 +131,10 @@ SCRIPTS = {
     "rows of a card": ("export.py RUN --to hub-card --split test", "--split test: is for --to peft or merged"),
     "parameters of two at once": ("params.py tying=LoRA,TABuv", "tying=LoRA,TABuv: has several values"),
     "rows for nowhere": ("fetch_data.py task=squad", "data_root: has no value; give the folder to write to"),
+    "rows of no data set": (
+        "fetch_data.py task=rows data_root=rows",
+        "task.hub.id: names no data set of the hub; give",
+    ),
     "rows that are made": ("fetch_data.py task=chain_sum data_root=rows", "makes its own rows, so there is nothing"),
     "a path for a team": ("wandb_dashboard.py outputs --entity ../x --json", "--entity '../x': use letters, digits"),
     "a sweep that is not over": (f"sweep.py select {WORDS} seed=7", "1 of 1 cells are not finished"),

@@ -100,7 +100,7 @@ SECONDS_TO_LEAVE_A_DESTRUCTOR = 0.1
 _OS_ERRORS = {
     errno.ENOSPC: "the disk is full; make space",
     errno.EDQUOT: "the disk quota is used up; make space",
-    errno.EACCES: "no permission to write there; change it, or choose another folder (outputs= or --out)",
+    errno.EACCES: "no permission to read or to write it; change that, or choose another place",
     errno.EPERM: "writing there is not allowed; choose another folder (outputs= or --out)",
     errno.ENOTDIR: "a file is where a folder is needed; choose another folder (outputs= or --out)",
     errno.EEXIST: "a file is where a folder is needed; choose another folder (outputs= or --out)",

@@ -171,6 +171,27 @@ def test_options_that_change_nothing_are_refused():
             load_task(composed(["task=squad", *words]).task).check_options()
 
 
+def test_a_row_that_the_chat_template_refuses_is_named():
+    refuses = "{{ raise_exception('roles must alternate') }}"
+    rows = [Example("a", '[{"role": "user", "content": "x"}]', "y")]
+    coder = encoder("task=rows", "task.messages=m", "task.metrics=[exact_match]", template=refuses)
+    for use in (lambda: encode_rows(coder, rows), lambda: coder.scored(rows[0])):
+        with pytest.raises(UserError, match=r"roles must alternate.*change or remove the row.*\(row a\)$"):
+            use()
+
+
+def test_a_target_that_holds_an_end_of_an_answer_is_refused():
+    coder = encoder("task.stop=['<|im_end|>']")
+    end = coder.tokenizer.eos_token
+    with pytest.raises(UserError, match=r"the target of row a holds '.+', which is a token that ends an answer"):
+        encode_rows(coder, [Example("a", "x", f" yes {end} no")])
+    # A template may write the end of its turn.
+    assert encode_rows(coder, [Example("a", "x", f" yes{end}")]).encoded[0].target[-2:] == (
+        coder.tokenizer.eos_token_id,
+        coder.tokenizer.eos_token_id,
+    )
+
+
 def test_an_empty_prompt_is_refused():
     with pytest.raises(UserError, match=r"row a gives an empty prompt"):
         encoder().example(Example("a", "", " yes"))

@@ -104,6 +104,13 @@ def test_a_finished_run_is_printed_without_torch_or_its_generator(tiny_run, fini
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_a_finished_run_is_printed_while_another_process_scores_it(finished_run, capsys):
+    config = finished_run()
+    with folder_of(config).locked():
+        run.main(config)
+    assert "finished before" in capsys.readouterr().out
+
+
 def test_after_a_run_that_has_trained_three_commands_say_what_to_do_with_it(tiny_run, script):
     config = compose_config(tiny_run())
     folder = folder_of(config)

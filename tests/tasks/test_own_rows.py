@@ -186,6 +186,32 @@ def test_the_recorded_command_gives_the_same_run_and_a_published_one_has_no_fold
     assert str(tmp_path) not in published
 
 
+def test_the_id_has_the_rows_of_a_data_root_too(tmp_path):
+    roots = [tmp_path / name for name in ("one", "copy", "other")]
+    for root, rows in zip(roots, (ROWS, ROWS, ROWS[1:]), strict=True):
+        (root / "rows").mkdir(parents=True)
+        write_lines(root / "rows" / "train.jsonl", rows)
+    configs = [compose.compose_config([*WORDS, f"data_root={root}"]) for root in roots]
+    ids = [run_id(config) for config in configs]
+    assert ids[0] == ids[1] != ids[2]
+    write_lines(roots[0] / "rows" / "train.jsonl", ROWS[1:])
+    with refused("is another file than that of the run's id"):
+        load_examples(load_task(configs[0].task), "train", str(roots[0]))
+
+
+def test_a_moved_run_finds_files_of_one_name_by_their_folders(tmp_path):
+    for part, rows in (("tr", ROWS[:30]), ("te", ROWS[30:])):
+        (tmp_path / "here" / part).mkdir(parents=True)
+        write_lines(tmp_path / "here" / part / "data.jsonl", rows)
+    here, there = tmp_path / "here", tmp_path / "there"
+    config = compose.compose_config(
+        [*WORDS, f"task.files={{train: {here}/tr/data.jsonl, test: {here}/te/data.jsonl}}"]
+    ).task
+    before = [load_examples(load_task(config), split, None) for split in SPLITS]
+    shutil.move(here, there)
+    assert [load_examples(load_task(config), split, str(there)) for split in SPLITS] == before
+
+
 # Files.
 
 
@@ -267,6 +293,10 @@ def test_rows_of_the_hub_need_its_id_alone_and_trained_rows_that_are_scored_are_
 
     words = [*WORDS, "task.hub.id=org/name", "task.validation_from_train=5", f"data_root={tmp_path}/data"]
     fetch(words)
+    # Another data set is not taken for it.
+    own = load_task(compose.compose_config([*words, "task.hub.id=org/other"]).task)
+    with pytest.raises(UserError, match=r"org/other cannot be loaded .* task\.hub\.id=org/other data_root=FOLDER"):
+        load_examples(own, "train", f"{tmp_path}/data")
     shutil.rmtree(tmp_path / "org")
     assert {split: load_examples(load_task(config), split, f"{tmp_path}/data") for split in SPLITS} == splits
 
@@ -345,13 +375,16 @@ def test_choices_are_a_list_columns_or_a_column_with_a_list():
     assert (numbered.target, numbered.references) == (" yes", ("0",))
     # The text of a choice comes before its number.
     assert one({**row, "topic": "0"}, "task.choices=[1,0]", metrics).references == ("1",)
+    assert one({**row, "topic": "3"}, "task.choices=[1,2,3]", metrics).references == ("2",)
     # But numbers in a column may be either.
     with pytest.raises(RowError, match="which is the text of choice 1 and the number of choice 2"):
         one({**row, "topic": 2, "both": ["8", "2", "24"]}, "task.choices=both", metrics)
     assert one({**row, "topic": 24, "both": [8, 2, 24]}, "task.choices=both", metrics).target == " 24"
 
 
-def test_rows_go_by_their_numbers_if_an_id_repeats(tmp_path):
+def test_rows_go_by_their_numbers_if_an_id_is_empty_or_repeats(tmp_path):
+    empty = write_lines(tmp_path / "empty.jsonl", [{"id": n or "", **row} for n, row in enumerate(ROWS)])
+    assert {e.id for e in load_examples(own_task(f"task.files={empty}"), "train", None)} < {*map(str, range(40))}
     rows = [{"id": number % 9, **row} for number, row in enumerate(ROWS)]
     paths = {split: write_lines(tmp_path / f"{split}.jsonl", rows) for split in ("repeated", "other")}
     write_lines(paths["other"], [{"id": f"row {number}", "text": f"t{number}", "topic": "a"} for number in range(3)])
@@ -371,7 +404,26 @@ def test_a_column_without_a_name_ties_no_rows(tmp_path):
     assert len(load_examples(own_task(f"task.files={path}"), "train", None)) > len(ROWS) / 2
 
 
+def test_a_prompt_in_two_splits_is_refused_however_it_is_stored(tmp_path):
+    texts = ("caf\u00e9\nline", "cafe\u0301\r\nline", "other")
+    paths = [write_table(tmp_path / f"{n}.csv", [{"text": t, "topic": "a"}]) for n, t in enumerate(texts)]
+    task = own_task(f"task.files={{train: {paths[0]}, test: {paths[1]}, validation: {paths[2]}}}")
+    with pytest.raises(UserError, match="so it is in test and in train; remove it from one"):
+        load_examples(task, "train", None)
+
+
+def test_a_number_of_32_bits_has_the_digits_that_were_written(tmp_path):
+    path = tmp_path / "a.parquet"
+    prices = pyarrow.array([19.99, None], pyarrow.float32())
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", "y"], "topic": prices}), path)
+    rows = own_task(f"task.files={path}").rows("train", None)
+    assert [row["topic"] for row in rows] == [19.99, None]
+
+
 def test_a_line_feed_of_a_shell_ends_an_answer_and_a_target_cannot_begin_with_its_end():
+    built_in = compose.compose_config(["task=gsm8k", 'task.prompt="Q: {question}\\nA:"', 'task.stop=["\\n\\n"]'])
+    assert (built_in.task.prompt, built_in.task.stop) == ("Q: {question}\nA:", ["\n\n"])
+    assert run_id(compose.compose_config(shlex.split(compose.command(built_in))[2:])) == run_id(built_in)
     assert own_task('task.stop=["\\n\\n"]').config.stop == ["\n\n"]
     with pytest.raises(RowError, match="the target holds '###', at which an answer ends"):
         one({"text": "x", "topic": "### Title"}, 'task.stop=["###"]')

@@ -91,7 +91,25 @@ FILE_MISTAKES = {  # name of the file, its content, more words -> what the messa
         "a.jsonl",
         '{"text": "x", "topic": "\\u5929\\u6c14"}\n',
         "task.metrics=[chrf,rougeL]",
-        "a.jsonl:1: ROUGE sees nothing of the target '天气', because rouge-score reads only a to z and digits",
+        "a.jsonl:1: ROUGE sees nothing of the target '天气' but digits, because rouge-score reads only a to z",
+    ),
+    "a target of which ROUGE sees a year": (
+        "a.jsonl",
+        '{"text": "x", "topic": "2006 \\u0433\\u043e\\u0434"}\n',
+        "task.metrics=[rouge1]",
+        "a.jsonl:1: ROUGE sees nothing of the target '2006 год' but digits",
+    ),
+    "numbers that are choices and numbers of choices": (
+        "a.csv",
+        "text,topic\nx,1\ny,0\n",
+        "CHOICE task.choices=[1,2,3]",
+        "a.csv:3: the field 'topic' is 0, which is no choice of 1, 2, 3; choices that are such numbers themselves",
+    ),
+    "numbers of columns": (
+        "a.csv",
+        "text,topic,a,b\nx,1,2,1\ny,0,1,0\n",
+        "CHOICE task.choices=['{a}','{b}']",
+        "a.csv:3: the field 'topic' is 0, which is the text of choice 1 and the number of choice 0 (from 0)",
     ),
     "a target without blanks": (
         "a.jsonl",

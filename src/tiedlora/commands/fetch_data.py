@@ -15,10 +15,10 @@ from tiedlora import storage
 from tiedlora.commands.parser import Parser, filled
 from tiedlora.config import compose
 from tiedlora.config.schema import Split
+from tiedlora.config.task_rows import rows_folder
 from tiedlora.errors import UserError
 from tiedlora.keys import from_person
 from tiedlora.tasks import load_task
-from tiedlora.tasks.rows import rows_folder
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ def main(arguments: list[str]) -> None:
     if config.data_root is None:
         raise UserError("data_root: has no value; give the folder to write to, as in data_root=data")
     task, folder = load_task(config.task), rows_folder(config.task, Path(config.data_root))
+    if not config.task.hub.id and task.reads_own_rows:
+        raise UserError("task.hub.id: names no data set of the hub; give one, as in task.hub.id=ORG/NAME")
     if not config.task.hub.id:
         raise UserError(f"task={config.task.name}: makes its own rows, so there is nothing to fetch")
     listed = from_person(ListedRows, storage.read_json(asked.rows), prefix=f"{asked.rows}: ") if asked.rows else None

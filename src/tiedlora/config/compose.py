@@ -41,6 +41,7 @@ from tiedlora.config.identity import (
 from tiedlora.config.rates import suggested_lr
 from tiedlora.config.schema import SPLITS, Config, HubSource, RankConfig, TaskConfig, TrainConfig
 from tiedlora.config.sizes import at_budget
+from tiedlora.config.task_rows import OWN_ROWS, UNNAMED, complete_task
 from tiedlora.errors import UserError, as_called
 from tiedlora.keys import from_person
 from tiedlora.other_methods import REGISTERED, TyingConfig, resolve
@@ -60,10 +61,8 @@ MOST_LAYERS_IN_NAME = 48
 ARGUMENTS = "tying.resolved."
 """Where the identity has the arguments of another method. The user sets them under tying.arguments."""
 LR_FACTORS = "tying.lr_factors."
-OWN_ROWS = "own_rows"
-"""task.kind of task=rows."""
 WITH_LINE_FEEDS = ("task.prompt", "task.target", "task.stop")
-"""Where task=rows reads `\\n` as a line feed."""
+"""Where `\\n` is a line feed."""
 NOT_EXACT = "   # not exact: this version of the code composes another run; the run's config.yaml has all values"
 Layered = TypeVar("Layered", TyingConfig, Term)
 _register_resolver: Any = OmegaConf.register_resolver if _IS_NEW else OmegaConf.register_new_resolver
@@ -172,7 +171,7 @@ def complete(config: Config) -> Config:
         train = replace(train, init_from=str(folder), init_digest=adapter_digest(folder))
     # A recorded configuration has all arguments of another method. To search those of a budget again would load PEFT.
     has_arguments = config.tying.resolved is not None
-    config = complete_method(replace(config, train=train, task=_complete_task(config)))
+    config = complete_method(replace(config, train=train, task=complete_task(config)))
     check(config)
     if config.budget is not None and not has_arguments:
         config = at_budget(config)
@@ -188,39 +187,6 @@ def complete(config: Config) -> Config:
         # The budget may have chosen the rank and the layers.
         config = replace(config, train=replace(config.train, lr=suggested_lr(config.tying, rank.r)))
     return config
-
-
-def _complete_task(config: Config) -> TaskConfig:
-    """The task with what decides its rows, and with the chat template that chat messages need (task=rows).
-
-    A shell hardly gives a line feed, so `\\n` in a template or in what ends an answer is one.
-
-    Raises:
-        UserError: a file of rows cannot be read.
-    """
-    task = config.task
-    if task.kind == OWN_ROWS:
-        prompt, target, *stop = (text.replace("\\n", "\n") for text in (task.prompt, task.target, *task.stop))
-        has_chat_template = task.chat_template or task.messages is not None
-        task = replace(task, prompt=prompt, target=target, stop=stop, chat_template=has_chat_template)
-    files = {split: file for split in SPLITS if (file := getattr(task.files, split)) is not None}
-    found = {}
-    # A recorded configuration has them, and its files may be gone.
-    if not task.rows_from:
-        for split, file in files.items():
-            try:
-                # Each cell of a sweep asks. A run hashes the whole file again when it reads the rows.
-                found[split] = storage.remembered_sha256(Path(file), Path(config.cache))
-            except UserError as error:
-                raise UserError(f"task.files.{split}={error}; give a file that is here") from None
-    if found and len(found) < len(SPLITS) and task.cluster is not None:
-        # Splits that are cut from train have whole clusters.
-        found["cluster"] = task.cluster
-    if task.kind == OWN_ROWS and not files and not task.rows_from and task.hub.id:
-        found["hub"] = " ".join([task.hub.id, task.hub.subset or "", task.hub.revision])
-        found |= {f"hub_{split}": name for split, name in task.hub.splits.items()}
-        found |= {"cluster": task.cluster} if task.cluster is not None else {}
-    return replace(task, rows_from=found) if found else task
 
 
 def complete_method(config: Config) -> Config:
@@ -485,7 +451,7 @@ def _overrides(config: Config) -> list[str]:
     """Options by name, and an override for each value of the identity that the options do not give."""
     models = {storage.read_yaml(CONF / "model" / f"{name}.yaml")["name"]: name for name in options("model")}
     # The user's own rows have any name.
-    task = "rows" if config.task.kind == OWN_ROWS else config.task.name
+    task = UNNAMED if config.task.kind == OWN_ROWS else config.task.name
     model = models.get(config.model.name, own_model.OPTION if config.model.source == "hub" else "")
     chosen = {"model": model, "task": task, "tying": arm_of(config).option}
     chosen |= {"objective": config.objective.name, "rank": f"r{config.rank.r}", "train": _nearest_train(config)}
@@ -527,7 +493,7 @@ def _overrides(config: Config) -> list[str]:
 def _identity_values(config: Config) -> dict[str, str]:
     """Dotted key -> value in Hydra's grammar, for every key of the identity."""
     values = {key: in_hydras_grammar(value) for key, value in leaves(identity(config)).items()}
-    for key in WITH_LINE_FEEDS if config.task.kind == OWN_ROWS else ():
+    for key in WITH_LINE_FEEDS:
         values[key] = values[key].replace("\n", r"\n")
     return values
 

@@ -31,8 +31,8 @@ from tiedlora.tasks import Example
 
 BLANK_MARK = "\u2581"
 """How SentencePiece writes a blank in a token."""
-ENCODING_VERSION = 2
-"""Raise it when encode_rows gives other token ids for the same rows."""
+ENCODING_VERSION = 3
+"""Raise it when encode_rows gives other token ids for the same rows, or refuses others."""
 DATE = "26 Jul 2024"
 """What a chat template that asks for the date gets: runs of different days have the same prompts. Llama 3.2's date."""
 ONE_DATE = "{%- macro strftime_now(form) -%}" + DATE + "{%- endmacro %}{{ '' }}"
@@ -54,6 +54,10 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.target)
+
+
+class WrongTemplate(UserError):
+    """The chat template ended with an error."""
 
 
 class Encoder:
@@ -149,9 +153,13 @@ class Encoder:
             if is_out_of_memory(error):
                 raise
             reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-            raise UserError(
-                f"task.chat_template=true: the chat template of this model cannot be used ({reason}); mend it in "
-                "the model's folder, or set task.chat_template=false"
+            advice = (
+                "mend it in the model's folder, or set task.chat_template=false"
+                if self.config.messages is None
+                else "change or remove the row, or take a model whose template takes such messages"
+            )
+            raise WrongTemplate(
+                f"task.chat_template=true: the chat template of this model cannot be used ({reason}); {advice}"
             ) from None
 
     def may_think(self) -> bool:
@@ -167,7 +175,7 @@ class Encoder:
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
         after = ""
         # A template may be for prompts alone. One that is wrong is named with the first row.
-        with suppress(UserError):
+        with suppress(WrongTemplate):
             after = self._rendered(turns, False).rpartition(answer)[2]
         special = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         ends = [id for id in self.tokenizer(after, add_special_tokens=False).input_ids if id in special]
@@ -246,9 +254,15 @@ class Encoder:
 
         Returns:
             None if the example has no such text, or if nothing of the text would be left.
+
+        Raises:
+            UserError: the chat template does not take the prompt.
         """
-        if self._fits(example):
-            return example
+        try:
+            if self._fits(example):
+                return example
+        except WrongTemplate as error:
+            raise UserError(f"{error} (row {example.id})") from None
         start, end = example.cuttable
         # Where the rest of the prompt alone does not fit, the bisection would find nothing. It would tokenise the whole
         # prompt a dozen times, which takes minutes for a question of a million characters.
@@ -267,12 +281,22 @@ class Encoder:
         """The token ids of prompt and target. The target ends with the end-of-text token.
 
         Raises:
-            UserError: the prompt has no tokens. The model predicts a target's first token from the token before it.
+            UserError: the prompt has no tokens (the model predicts a target's first token from the token before it), or
+                the target holds a token that ends an answer.
         """
         prompt = self.prompt(example.prompt)
         if not prompt:
             raise UserError(f"task.prompt={self.config.prompt!r}: row {example.id} gives an empty prompt")
-        return Encoded(prompt, (*self.continuation(example.target), self.tokenizer.eos_token_id))
+        target = self.continuation(example.target)
+        ends = {self.tokenizer.eos_token_id, *self.more_ends}
+        last = next((place for place in range(len(target), 0, -1) if target[place - 1] not in ends), 0)
+        if early := next((token for token in target[:last] if token in ends), None):
+            # The model would learn to end there, and no answer could equal the target.
+            raise UserError(
+                f"task={self.config.name}: the target of row {example.id} holds {self.tokenizer.decode(early)!r}, "
+                "which is a token that ends an answer; take it out of the text, or leave the row out"
+            )
+        return Encoded(prompt, (*target, self.tokenizer.eos_token_id))
 
 
 def _cut(example: Example, length: int) -> Example:

@@ -1,4 +1,5 @@
-"""The scores of a run: one file for each thing that is scored, written once. Only `score.py --again` replaces one.
+"""The scores of a run: one file for each thing that is scored, written once. Only `score.py --again` replaces
+one, and another text of `score.forgetting`.
 
     RUN/scores/<split>.<kind>.jsonl    of the run's adapter
     OUTPUTS/base/<name>.jsonl          of the base model alone, shared by all runs that ask it the same

@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 from tiedlora import storage, tasks
 from tiedlora.config.identity import identity
 from tiedlora.config.schema import Config
+from tiedlora.config.task_rows import rows_folder
 from tiedlora.errors import UserError
 from tiedlora.models.identity import known_digest, tokens_digest
 from tiedlora.reading import typed
@@ -26,7 +27,6 @@ from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.records.scores import read_run_scores
 from tiedlora.tasks import Example, Task, digest, load_examples, load_task
-from tiedlora.tasks.rows import rows_folder
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config
 from tiedlora.errors import Paused, as_called
 from tiedlora.records.provenance import code_version
-from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.run_folder import Busy, RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.records.scores import read_run_scores
 from tiedlora.records.summary import terminal_lines
@@ -73,8 +73,8 @@ def _reuse(config: Config, folder: RunFolder, record: RunRecord) -> None:
     check_same_inputs(config, record, folder)
     if (backend := config.tracking.backend) not in (AUTO, NONE):
         print(f"tracking={backend}: gets nothing, because the run has finished before (force=true repeats it)")
-    # A read-only archive cannot be tidied. That is no problem.
-    with suppress(OSError), folder.locked():
+    # A read-only archive cannot be tidied, and another process may be scoring the run. Neither is a problem.
+    with suppress(OSError, Busy), folder.locked():
         folder.tidy()
     if lacks_scores(config.score, folder):
         from tiedlora.runs.add_scores import add_scores  # noqa: PLC0415

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tiedlora.config.schema import RowFiles, TaskConfig
+from tiedlora.config.task_rows import rows_folder
 from tiedlora.errors import UserError
 from tiedlora.tasks.rows import (
     DataRow,
@@ -18,7 +19,6 @@ from tiedlora.tasks.rows import (
     RowError,
     hub_errors,
     read_json_lines,
-    rows_folder,
     table_rows,
     ways_to_get,
 )

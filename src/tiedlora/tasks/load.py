@@ -16,7 +16,7 @@ from pathlib import Path
 from tiedlora.config.schema import SCORED_SPLITS, SPLITS, TaskConfig
 from tiedlora.errors import UserError
 from tiedlora.tasks.base import Example, Task, cluster_of
-from tiedlora.tasks.rows import DataRow, NoSuchSplit, RowError, placed
+from tiedlora.tasks.rows import DataRow, NoSuchSplit, RowError, in_one_form, placed
 
 
 class NoSuchTask(UserError):
@@ -145,7 +145,8 @@ def _refuse_shared(task: Task, data_root: str | None) -> None:
     for split in SPLITS:
         with suppress(NoSuchSplit):
             for row in _split_rows(task, split, data_root):
-                other, place = seen.setdefault(_checked_example(task, row, "").prompt, (split, row.where))
+                prompt = in_one_form(_checked_example(task, row, "").prompt)
+                other, place = seen.setdefault(prompt, (split, row.where))
                 if other != split:
                     raise UserError(
                         f"{row.where}: has the prompt of {place}, so it is in {split} and in {other}; remove it from "
@@ -181,7 +182,7 @@ def _examples(task: Task, rows: list[DataRow]) -> Iterator[Example]:
 
 
 def _ids(task: Task, rows: Sequence[DataRow]) -> list[str]:
-    """The id of each row. Own rows are numbered if theirs repeat, because rows of the hub cannot be changed.
+    """The id of each row. Own rows are numbered if one is empty or repeats, because rows of the hub cannot be changed.
 
     Raises:
         UserError: an id is empty, or repeats in the rows of another task.
@@ -189,10 +190,10 @@ def _ids(task: Task, rows: Sequence[DataRow]) -> list[str]:
     places: dict[str, str] = {}
     for number, row in enumerate(rows):
         id = task.row_id(row, number)
+        if task.reads_own_rows and (id in places or not id.strip()):
+            return [str(number) for number in range(len(rows))]
         if not id.strip():
             raise UserError(f"{row.where}: the id is empty; give each row its own, or leave the field out")
-        if id in places and task.reads_own_rows:
-            return [str(number) for number in range(len(rows))]
         if id in places:
             raise UserError(f"{row.where}: the id '{id}' was used before, at {places[id]}; make ids unique")
         places[id] = row.where

@@ -103,8 +103,13 @@ def rouge(names: tuple[str, ...], output: str, references: Sequence[str], use_st
 
 
 def has_rouge_words(text: str) -> bool:
-    """Whether ROUGE sees anything of a text. Its words have the letters a to z and digits, so it is 0 for Chinese."""
-    return re.search("[a-z0-9]", text.lower()) is not None
+    """Whether ROUGE sees more than the numbers of a text. Its words have the letters a to z and digits alone."""
+    text = text.lower()
+    return re.search("[a-z]", text) is not None or (re.search("[0-9]", text) is not None and not _has_letters(text))
+
+
+def _has_letters(text: str) -> bool:
+    return any(map(str.isalpha, text))
 
 
 def has_no_blanks(text: str) -> bool:

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from tiedlora import storage
 from tiedlora.config.schema import SCORED_SPLITS, SPLITS, TaskConfig
+from tiedlora.config.task_rows import files_below
 from tiedlora.errors import UserError
 from tiedlora.tasks.base import OF_OWN_ROWS, Example, Score, Task, cluster_of, fields_of, render
 from tiedlora.tasks.metrics import (
@@ -42,18 +43,17 @@ from tiedlora.tasks.rows import (
     DataRow,
     NoSuchSplit,
     RowError,
+    in_one_form,
     placed,
     reachable_hub,
     read_file,
-    read_json_lines,
-    rows_folder,
 )
 from tiedlora.text import nearest
 
 NORMALISED = ("exact_match", "token_f1")
 """The metrics that compare forms of an answer (task.normalise)."""
-OF_WORDS = ("token_f1", "bleu")
-"""The metrics whose words have blanks between them. ROUGE has a rule of its own (has_rouge_words)."""
+OF_WORDS = ("token_f1", "bleu", *ROUGES)
+"""The metrics whose words have blanks between them. ROUGE has one more rule (has_rouge_words)."""
 SOURCES = "give task.files=FILE (or task.files={train: FILE, validation: FILE, test: FILE}), or task.hub.id=ORG/NAME"
 
 
@@ -177,7 +177,7 @@ class OwnRows(Task):
         """Rows with the same prompt stay in one split, and rows of one cluster."""
         cluster = cluster_of(row, self.config.cluster)
         # The whole example is made, so that the first wrong row of a file is named, whichever split gets it.
-        return [f"prompt {self.example(row, '').prompt}", *([f"cluster {cluster}"] if cluster else [])]
+        return [f"prompt {in_one_form(self.example(row, '').prompt)}", *([f"cluster {cluster}"] if cluster else [])]
 
     def _prompt(self, row: DataRow) -> str:
         """The prompt of a row, whose answer may be hidden: the hub's test rows often have an empty one."""
@@ -192,10 +192,7 @@ class OwnRows(Task):
         """The splits that have rows of their own -> their file; None for the hub."""
         files = {split: getattr(self.config.files, split) for split in SPLITS}
         given = {split: Path(file) for split, file in files.items() if file}
-        folder = rows_folder(self.config, Path(data_root)) if data_root else None
-        if not given and folder is not None and folder.is_dir():
-            given = {split: path for split in SPLITS if (path := folder / f"{split}.jsonl").is_file()}
-        if given:
+        if given := given or files_below(self.config, data_root):
             if "train" not in given:
                 raise UserError(f"task.files.train: names no file, and {' and '.join(given)} do; give it too")
             return {**given}
@@ -223,14 +220,23 @@ class OwnRows(Task):
 
     def _read_rows(self, split: str, data_root: str | None) -> list[DataRow]:
         path = self._kept_splits(data_root)[split]
-        if path is None or not self.one_split_each:
-            rows = self.hub_rows(split) if path is None else read_json_lines(path)
-            others = [other for other in self._kept_splits(data_root) if split == "train" and other != "train"]
-            scored = {self._prompt(row) for other in others for row in self._kept_rows(other, data_root)}
-            return [row for row in rows if not scored or self._prompt(row) not in scored]
-        if not path.exists() and data_root and (moved := Path(data_root) / path.name).exists():
-            # A run that was moved here names a folder of another machine.
-            path = moved
+        rows = self.hub_rows(split) if path is None else self._rows_of(path, split, data_root)
+        if self.one_split_each or split != "train":
+            return rows
+        others = [other for other in self._kept_splits(data_root) if other != "train"]
+        scored = {in_one_form(self._prompt(row)) for other in others for row in self._kept_rows(other, data_root)}
+        return [row for row in rows if not scored or in_one_form(self._prompt(row)) not in scored]
+
+    def _rows_of(self, path: Path, split: str, data_root: str | None) -> list[DataRow]:
+        """The rows of a split's file.
+
+        Raises:
+            ChangedRows: the run's identity has another file.
+        """
+        if not path.exists() and data_root:
+            # A run that was moved here names a folder of another machine. Two splits may have files of one name.
+            places = [Path(data_root, path.parent.name, path.name), Path(data_root, path.name)]
+            path = next((place for place in places if place.exists()), path)
         recorded, sha256 = self.config.rows_from.get(split), storage.sha256(path)
         if recorded is not None and sha256 != recorded:
             raise ChangedRows(
@@ -266,8 +272,8 @@ class OwnRows(Task):
             raise RowError(f"nothing is left of the target {target!r:.80} by task.normalise={self.config.normalise}")
         if {*ROUGES} & {*self.metrics} and not has_rouge_words(target):
             raise RowError(
-                f"ROUGE sees nothing of the target {target!r:.80}, because rouge-score reads only a to z and digits; "
-                "choose task.metrics=[chrf]"
+                f"ROUGE sees nothing of the target {target!r:.80} but digits, because rouge-score reads only a to z "
+                "and digits; choose task.metrics=[chrf]"
             )
         if (of_words := [name for name in OF_WORDS if name in self.metrics]) and has_no_blanks(target):
             raise RowError(
@@ -280,26 +286,37 @@ class OwnRows(Task):
         config = self.config
         (name,) = fields_of(config.target)
         texts = self._choices(row)
-        answer = render(f"{{{name}}}", row).strip()
-        numbered = int(answer) if answer in map(str, range(len(texts))) else None
+        correct = self._correct_choice(name, render(f"{{{name}}}", row).strip(), texts)
+        choices = tuple(render(config.target, row.with_fields(**{name: text})) for text in texts)
+        return Example(id, prompt, choices[correct], (str(correct),), choices)
+
+    def _correct_choice(self, name: str, answer: str, texts: list[str]) -> int:
+        """Which choice a field of this name means by this answer, which is a choice's text or its number from 0."""
+        choices, numbers = self.config.choices, [str(number) for number in range(len(texts))]
+        differ_by_row = isinstance(choices, str) or any(fields_of(template) for template in choices or [])
+        by_number = numbers.index(answer) if answer in numbers else None
         if answer in texts:
-            correct = texts.index(answer)
-            # The choices of a row may be numbers too, where those of a list in task.choices are known to its author.
-            if isinstance(config.choices, str) and numbered not in (None, correct):
+            by_text = texts.index(answer)
+            # Choices that are the same for all rows are known to their author. Those of a row may be numbers by chance.
+            if differ_by_row and by_number not in (None, by_text):
                 raise RowError(
-                    f"the field {name!r} is {answer}, which is the text of choice {correct} and the number of choice "
-                    f"{numbered} (from 0); make them differ, such as by a unit behind each choice"
+                    f"the field {name!r} is {answer}, which is the text of choice {by_text} and the number of choice "
+                    f"{by_number} (from 0); make them differ, such as by a unit behind each choice"
                 )
-        elif numbered is not None:
-            correct = numbered
-        else:
+            return by_text
+        if by_number is None:
             hint = "; a YAML file reads yes and no as True and False, so write them in quotes"
             raise RowError(
                 f"the field {name!r} is {answer!r:.80}, which is no choice of {', '.join(texts):.200}, and no number "
                 f"of one from 0 to {len(texts) - 1}{hint if {'True', 'False'} & {*texts} else ''}"
             )
-        choices = tuple(render(config.target, row.with_fields(**{name: text})) for text in texts)
-        return Example(id, prompt, choices[correct], (str(correct),), choices)
+        if not differ_by_row and {*texts} & {*numbers}:
+            # The rows whose answer is also a text would go by it, and the others by their number.
+            raise RowError(
+                f"the field {name!r} is {answer}, which is no choice of {', '.join(texts):.200}; choices that are such "
+                "numbers themselves go by their text, and not by their number from 0"
+            )
+        return by_number
 
     def _choices(self, row: DataRow) -> list[str]:
         """The texts of a row's choices, without outer blanks."""

@@ -14,14 +14,18 @@ import json
 import re
 import tempfile
 import textwrap
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tiedlora import storage
 from tiedlora.config.schema import TaskConfig
+from tiedlora.config.task_rows import UNNAMED, rows_folder
 from tiedlora.errors import UserError
 from tiedlora.text import nearest
 
@@ -78,11 +82,6 @@ def placed(row: DataRow) -> Iterator[None]:
         yield
     except RowError as error:
         raise UserError(f"{row.where}: {error}") from None
-
-
-def rows_folder(config: TaskConfig, data_root: Path) -> Path:
-    """The task's folder below data_root."""
-    return data_root / (config.folder or config.name)
 
 
 def read_file(path: Path) -> list[DataRow]:
@@ -194,18 +193,31 @@ def _read_parquet(path: Path) -> list[DataRow]:
 def table_rows(table: datasets.IterableDataset) -> Iterator[dict[str, Any]]:
     """The rows of a table of `datasets`, with what a template can take.
 
-    A class has its name, and not its number, whose order only the table knows. A hidden one (-1) is None. Pictures,
-    sounds and films stay encoded: no template takes them, and decoding needs more packages.
+    A class has its name, and not its number, whose order only the table knows. A hidden one (-1) is None. A number
+    of 16 or 32 bits has the fewest digits that give it. Pictures, sounds and films stay encoded: no template takes
+    them, and decoding needs more packages.
     """
     import datasets  # as in _read_parquet  # noqa: PLC0415
 
     table = table.decode(False)
     classes = {name: kind for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)}
+    short = {
+        name: np.dtype(kind.dtype).type
+        for name, kind in table.features.items()
+        if isinstance(kind, datasets.Value) and kind.dtype in ("float16", "float32")
+    }
     for row in table:
         numbers = {name: row[name] for name in classes}
         hidden = {name: None for name, number in numbers.items() if number in (None, -1)}
         names = {name: classes[name].int2str(numbers[name]) for name in numbers.keys() - hidden.keys()}
-        yield {**row, **hidden, **names}
+        # As text, 19.99 of 32 bits would be 19.989999771118164.
+        floats = {name: float(str(kind(row[name]))) for name, kind in short.items() if row[name] is not None}
+        yield {**row, **floats, **hidden, **names}
+
+
+def in_one_form(text: str) -> str:
+    """The text as two rows are compared: however a letter is stored, and whichever line ends a file has."""
+    return unicodedata.normalize("NFC", text.replace("\r\n", "\n"))
 
 
 def first_line(error: Exception) -> str:
@@ -298,11 +310,15 @@ def reachable_hub(config: TaskConfig) -> Iterator[None]:
 
 def ways_to_get(config: TaskConfig) -> str:
     """The end of a message about rows that are not there."""
-    name = config.folder or config.name
     splits = "{train,test}" if config.validation_from_train else "{train,validation,test}"
+    files, then = f"{rows_folder(config, Path())}/{splits}.jsonl", "Then data_root=FOLDER or TIEDLORA_DATA=FOLDER"
+    if not config.hub.id:
+        return f"Put {files} in your FOLDER. {then}"
+    words = [f"task={config.name}"]
+    if config.name == UNNAMED:
+        words += [f"task.hub.{name}={value}" for name in ("id", "subset") if (value := getattr(config.hub, name))]
     return (
-        f"Three ways to get it: reach the hub ({config.hub.id or 'it is not there'}); or, where the hub is in reach, "
-        f"`python scripts/fetch_data.py task={config.name} data_root=FOLDER`, and copy FOLDER here; or put "
-        f"{name}/{splits}.jsonl with the hub's field names in your FOLDER. Then data_root=FOLDER "
-        "or TIEDLORA_DATA=FOLDER"
+        f"Three ways to get it: reach the hub ({config.hub.id}); or, where the hub is in reach, `python "
+        f"scripts/fetch_data.py {' '.join(words)} data_root=FOLDER`, and copy FOLDER here; or put {files} with the "
+        f"hub's field names in your FOLDER. {then}"
     )
