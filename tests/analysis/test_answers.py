@@ -1,5 +1,6 @@
 """Answers to claims: the rule decides at planned looks only, and what cannot be decided says why."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -55,6 +56,15 @@ class TestRules:
         found = of_world(tmp_path, {"LoRA": lora, "TABuv": tied}, claim={"rule": rule})
         assert found.verdict == verdict
         assert found.decide == ""
+
+    @pytest.mark.parametrize(("clusters", "verdict"), [(4, "undecided"), (8, "supported")])
+    def test_rows_of_too_few_clusters_give_no_verdict(self, tmp_path, clusters, verdict):
+        of_row = {str(row): f"text {row % clusters}" for row in range(SURE["rows"])}
+        (tmp_path / "clusters.json").write_text(json.dumps({"chain_sum": of_row}))
+        found = of_world(tmp_path, {"LoRA": 0.5, "TABuv": 0.8}, claim={"rule": "better_by: 0.0"})
+        assert found.verdict == verdict
+        assert f"{clusters} clusters" in found.reason
+        assert found.findings.difference is not None
 
     def test_a_lower_loss_is_better(self, tmp_path):
         generator = np.random.default_rng(0)

@@ -110,8 +110,18 @@ def test_a_lora_of_some_layers_and_any_rank_is_the_lora_of_its_size_if_a_claim_s
     (ranking,) = report.rankings
     assert ranked.compared_with(ranking) == "LoRA of its size"
     (tied, lora) = ranked.shown(ranking)
-    assert (tied.word, tied.peer, lora.difference) == ("better", "", "")
+    assert (tied.word, tied.peer, lora.difference) == ("better", "from LoRA_l9 r 3", "")
     assert tied.difference
+
+
+def test_an_interval_of_one_seed_says_that_it_is_of_rows_alone(tmp_path):
+    world(tmp_path / "one", {"LoRA": 0.3, "TABuv": 0.8}, seeds=1, rows=60)
+    world(tmp_path / "two", {"LoRA": 0.3, "TABuv": 0.8}, seeds=2, rows=60)
+    found = []
+    for folder in ("one", "two"):
+        (ranking,) = write.build([tmp_path / folder]).rankings
+        found += [row.difference for row in ranked.shown(ranking) if row.group.label == "TABuv"]
+    assert [text.endswith("] (rows alone)") for text in found] == [True, False]
 
 
 def test_without_any_lora_to_compare_with_all_differences_are_from_the_best_arm(tmp_path):

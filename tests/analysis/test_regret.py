@@ -80,7 +80,8 @@ def test_runs_that_have_lost_their_row_losses_give_no_bound(tmp_path):
     ("rule", "margin"),
     [
         (retains(0.9), 0.1),
-        (level_within(0.2), 0.2),
+        (level_within(0.2), 0.05),
+        (level_within(0.5), 0.25),
         (better_by(0.0), 0.25),
         (better_by(0.3), 0.05),
         (retains(0.5), 0.5),

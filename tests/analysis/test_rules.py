@@ -104,6 +104,13 @@ class TestKept:
     def test_without_a_gain_of_the_comparator_there_is_no_share(self):
         assert retains(0.9).kept(scores(0.5, 0.1), 0.05) is None
 
+    def test_a_share_of_a_gain_that_is_barely_shown_has_no_interval(self):
+        clear, barely = scores(0.5, 0.6), scores(0.3, 0.3, noise=0.5, rows=60)
+        assert rules.share(clear).low < 0.75 < rules.share(clear).high
+        found = rules.share(barely)
+        assert found.value > 0
+        assert np.isnan(found.low)
+
 
 class TestRetainedAtLeast:
     @pytest.mark.parametrize("level", [0.05, 0.002])

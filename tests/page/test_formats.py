@@ -26,6 +26,8 @@ CASES = [
     (tables.RATE, (0.003, 1), "0.003", ["0.003"]),
     (tables.RATE, (0.003, 3), "0.003 of 3", ["0.003 of 3"]),
     (tables.NAMED_ENDS, (Unit.POINTS, GAP, ""), "[-3.0, +0.8]", ["", "-3.0", "+0.8"]),
+    (tables.NAMED_ENDS, (Unit.POINTS, Interval(-0.01, -0.02, -0.0003), ""), "[-2.0, -0.03]", ["", "-2.0", "-0.03"]),
+    (tables.NAMED_ENDS, (Unit.NATS, Interval(0.01, 0.0, 1e-9), ""), "[+0.000, +0.000]", ["", "+0.000", "+0.000"]),
     (tables.NAMED_ENDS, (Unit.POINTS, GAP, "examples"), "[-3.0, +0.8] examples", ["examples", "-3.0", "+0.8"]),
     (tables.PERCENT_INTERVAL, "failed", "failed", ["failed", "–", "–"]),
 ]

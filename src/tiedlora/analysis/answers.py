@@ -10,6 +10,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
@@ -25,7 +26,7 @@ from tiedlora.analysis.regret import DoubtfulRate, doubtful_rates
 from tiedlora.analysis.rules import Rule, Sides
 from tiedlora.analysis.runs import Measure, NotComparable, Scorebook
 from tiedlora.records.interval import Interval
-from tiedlora.text import number_list
+from tiedlora.text import counted, number_list
 
 
 class Verdict(StrEnum):
@@ -245,13 +246,19 @@ def _answer(claim: Claim, pair: Pair | Unpaired, split: str, book: Scorebook) ->
         measure = _measure(claim, pair.method, split)
         ended = _ended(pair.sides, measure)
         found = planned_sides(pair.method, pair.comparator, measure, book, floor=pair.floor, plan=claim.plan)
+        few = _too_few_clusters(pair.method, measure, book)
     except NotComparable as why:
         reason = f"{pair.method.name} and {pair.comparator.name}{_over(pair)}: {why}"
         # Where the runs are, they lack these scores.
         lacks_scores = measure is None and pair.method.runs
         decide = f"scripts/score.py RUN --split {split}" if lacks_scores else next_look(claim, 0, ended)
         return asked(Verdict.UNDECIDED, reason, decide, measure=measure)
-    sides, decision = found.sides, _decide(claim, _zero(claim, pair), found, ended)
+    sides = found.sides
+    if few:
+        reason = f"rows of only {counted(few, 'cluster')}: a verdict would hold for these alone"
+        decision = _Decision((), Verdict.UNDECIDED, reason, Next("rows of more clusters"))
+    else:
+        decision = _decide(claim, _zero(claim, pair), found, ended)
     sensitivity, words = _sensitivity(claim, pair, decision, measure, book)
     if sensitivity == "lacking":
         other = replace(decision.next, decide="a task or a zero point at which the weakest arm fails")
@@ -270,6 +277,17 @@ def _answer(claim: Claim, pair: Pair | Unpaired, split: str, book: Scorebook) ->
     reason = "; ".join([*notes, *map(str, doubtful)])
     wanted = decision.next
     return asked(decision.verdict, reason, wanted.decide, wanted.chance, wanted.lacking, measure, findings, doubtful)
+
+
+def _too_few_clusters(group: RunGroup, measure: Measure, book: Scorebook) -> int:
+    """How many clusters the rows of a group's scores come in, if these are too few to be the sample; otherwise 0."""
+    found = 0
+    for run in measure.scored(group.runs):
+        # One seed's damaged rows say nothing about the others'.
+        with suppress(NotComparable):
+            rows = book.read(run, measure.split, measure.kind, False)
+            found = max(found, rows.named_clusters if rows.clusters is None else 0)
+    return found
 
 
 def _over(pair: Pair) -> str:
@@ -300,7 +318,7 @@ def _notes(
     yield from unlike([group.runs for group in pair.sides], measure)
     efforts = {group.name: len(group.rates) for group in (method, *comparator.groups)}
     searched = {name: count for name, count in efforts.items() if count > 1}
-    if searched and (given := [name for name in efforts if name not in searched]):
+    if given := [name for name in efforts if name not in searched]:
         yield f"the rate of {', '.join(given)} was given, not searched in these folders"
     if len(set(searched.values())) > 1:
         yield f"rates tried: {', '.join(f'{count} of {name}' for name, count in searched.items())}"

@@ -37,24 +37,34 @@ class DoubtfulRate:
 
 
 def claim_margin(rule: Rule, sides: Sides) -> float | None:
-    """The margin of a claim, in the score's unit: what a share of the gain leaves, or how far *better* is from failing.
+    """The margin of a claim, in the score's unit: how far it is from the edge of what the rule asks for. Of a share of
+    the gain it is at most what that share leaves.
 
     Returns:
         None if a share has no gain to refer to.
     """
     if rule.margin is not None:
-        return abs(float(rule.contrast(sides).mean()))
+        return _distance(rule, sides)
     if sides.gain is None or (gain := float(sides.gain.mean())) <= 0:
         return None
-    return (1 - rule.low) * gain
+    return min(_distance(rule, sides), (1 - rule.low) * gain)
+
+
+def _distance(rule: Rule, sides: Sides) -> float:
+    return abs(float(rule.contrast(sides).mean()))
 
 
 def doubtful_rates(rule: Rule, pair: Pair, measure: Measure, sides: Sides) -> tuple[DoubtfulRate, ...]:
-    """The arms of the method and of the comparator whose rate is in doubt; none if the claim compares no losses."""
+    """The arms of the method, the comparator and the floor whose rate is in doubt; none if no losses are compared.
+
+    A floor has the weight in the contrast that the share of the gain leaves it: a tenth in *keeps 90 %*.
+    """
     margin = claim_margin(rule, sides) if measure.metric in LOSS_METRICS else None
     if margin is None:
         return ()
     parts = [*pair.method.parts, *pair.comparator.parts]
+    if pair.floor is not None and rule.needs_zero:
+        parts.append((abs(1 - rule.low), pair.floor))
     bounds = [(group, weight * group.regret.nats) for weight, group in parts if group.regret is not None]
     return tuple(DoubtfulRate(group, bound, margin) for group, bound in bounds if bound > LARGEST_PART * margin)
 

@@ -199,12 +199,15 @@ def share(sides: Sides) -> Interval | None:
 
     Returns:
         None without a zero point or a gain of the comparator; low and high are NaN with one seed or row, or if the
-        comparator's gain may be 0.
+        comparator's gain may be half or less of what it seems: the delta method then covers too little.
     """
     if sides.zero is None or sides.gain is None or (gain := float(sides.gain.mean())) <= 0:
         return None
     value = float((sides.method - sides.zero).mean()) / gain
-    if min(sides.method.shape) < 2 or level_above(sides.gain, sides.clusters) > 1 - LEVEL:
+    if min(sides.method.shape) < 2:
+        return Interval(value, math.nan, math.nan)
+    gains = np.broadcast_to(sides.gain, sides.method.shape)
+    if intervals.both_interval(gains, 1 - LEVEL, sides.clusters).low < gain / 2:
         return Interval(value, math.nan, math.nan)
     return retains(value).kept(sides, 1 - LEVEL)
 

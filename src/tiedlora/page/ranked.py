@@ -112,8 +112,8 @@ def shown(ranking: Sequence[RankedArm]) -> list[ShownArm]:
                 glyph=GLYPHS[marker],
                 score=MISSING if arm.row.score is None else unit.number(arm.row.score.value),
                 track=drawn,
-                difference="" if interval is None else minus(unit.text(interval, "+")),
-                peer="" if arm.lora is None or arm.has_equal_size else f"from {arm.lora.name}",
+                difference="" if interval is None else minus(difference(unit, interval, in_short=False)),
+                peer="" if arm.lora is None or _is_at_size_of_curve(arm) else f"from {in_words(arm.lora.name)}",
                 verdict="" if answer is None else answer.verdict.value.replace(" ", "-"),
                 word=word,
                 about=about,
@@ -145,6 +145,11 @@ def _has_lora(ranking: Iterable[RankedArm]) -> bool:
 def _interval(arm: RankedArm, has_lora: bool) -> Interval | None:
     """The difference that is shown: from LoRA, or from the best arm if no arm has a LoRA to compare with."""
     return arm.difference if has_lora else _widest(arm.from_best)
+
+
+def _is_at_size_of_curve(arm: RankedArm) -> bool:
+    """Whether the arm is compared with LoRA's curve at its own size, which needs no name."""
+    return arm.has_equal_size and not isinstance(arm.lora, RunGroup)
 
 
 def compared_with(ranking: Sequence[RankedArm]) -> str:
@@ -249,12 +254,13 @@ def _widest(found: Estimate | None) -> Interval | None:
 
 
 def difference(unit: Unit, interval: Interval | None, in_short: bool) -> str:
-    """Such as `+1.2 [+0.3, +2.1]`, or in short `+0.3 to +2.1`."""
+    """Such as `+1.2 [+0.3, +2.1]`, or in short `+0.3 to +2.1`. It says if the ends are over rows alone."""
     if interval is None:
         return MISSING
     if not in_short or math.isnan(interval.low):
-        return unit.text(interval, "+")
-    return f"{unit.number(interval.low, '+')} to {unit.number(interval.high, '+')}"
+        alone = " (rows alone)" if interval.is_of_rows and not math.isnan(interval.low) else ""
+        return f"{unit.text(interval, '+')}{alone}"
+    return f"{unit.end(interval.low, '+')} to {unit.end(interval.high, '+')}"
 
 
 def _loss(arm: RankedArm) -> float:

@@ -54,7 +54,7 @@ VALUE_LOW_HIGH: tuple[str, ...] = ("", " low", " high")
 
 def numbers(unit: Unit, interval: Interval, sign: str = "") -> list[str]:
     """The value and the two ends."""
-    return [unit.number(number, sign) for number in (interval.value, interval.low, interval.high)]
+    return [unit.number(interval.value, sign), *(unit.end(number, sign) for number in (interval.low, interval.high))]
 
 
 def amount(decimals: int) -> Kind:

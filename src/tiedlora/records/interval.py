@@ -13,6 +13,10 @@ MISSING = "–"
 """How a number that is not there is written."""
 LEVEL = 0.95
 """The confidence level of every interval in this project."""
+OF_ROWS = ("wilson", "newcombe", "bootstrap", "clusters")
+"""The methods of intervals over rows, with the seeds as they are."""
+MORE_DECIMALS = 2
+"""How many more decimals an end may have."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,11 @@ class Interval:
     high: StoredNumber
     method: StoredText = ""
     """How the ends were computed: wilson, newcombe, bootstrap, clusters, t or crossed."""
+
+    @property
+    def is_of_rows(self) -> bool:
+        """Whether the ends hold for exactly these seeds: they are over rows (or clusters) alone."""
+        return self.method in OF_ROWS
 
 
 class Unit(Enum):
@@ -54,7 +63,15 @@ class Unit(Enum):
         """[40.1, 44.2]."""
         if math.isnan(interval.low):
             return MISSING
-        return f"[{self.number(interval.low, sign)}, {self.number(interval.high, sign)}]"
+        return f"[{self.end(interval.low, sign)}, {self.end(interval.high, sign)}]"
+
+    def end(self, value: float, sign: str = "") -> str:
+        """The end of an interval, as `number`. Beside 0 it has more decimals, so that one sees on which side it is."""
+        if math.isnan(value):
+            return MISSING
+        shown, usual = self.factor * value, self.decimals
+        needed = next((n for n in range(usual, usual + MORE_DECIMALS + 1) if round(shown, n)), usual)
+        return f"{shown:{sign}z.{needed}f}"
 
     def text(self, interval: Interval, sign: str = "", unit: str = "") -> str:
         """Such as `34.8 [29.2, 40.9]`, or 34.8 if there is no interval.
