@@ -19,7 +19,7 @@ from typing import Any
 from tiedlora.errors import UserError
 from tiedlora.families import layout_of
 from tiedlora.keys import EXECUTION, Free, Pattern, Text, neutral
-from tiedlora.tying import Architecture, Rate, Tying
+from tiedlora.tying import Architecture, Rate, Tying, adapted_layers
 
 FULL = "full"
 """The value of tying.method for full fine-tuning: all weights of the base are trained."""
@@ -99,6 +99,11 @@ def resolve(method: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, A
         values.pop(name, None)
     if values.get("modules_to_save"):
         raise UserError("tying.arguments.modules_to_save: whole layers would be trained; leave it out")
+    if values.get("generator_seed") is not None:
+        raise UserError(
+            "tying.arguments.generator_seed: no checkpoint has the state of its generator, so a continued run would "
+            "differ; leave it out"
+        )
     if (start := str(values.get("init_lora_weights", True)).lower()) not in LORA_STARTS:
         raise UserError(
             f"tying.arguments.init_lora_weights={start:.40}: changes the base's weights, or needs rows of data; "
@@ -163,11 +168,17 @@ def peft_config(tying: TyingConfig, architecture: Architecture, seed: int) -> An
     for name in SEED_ARGUMENTS:
         if name in names:
             values.setdefault(name, seed)
-    values.setdefault("target_modules", module_names(tying, architecture))
+    names_in_layer = module_names(tying, architecture)
+    if by_hand := architecture.layout.layers:
+        # PEFT takes every module whose path ends so. Of a model that also reads images, these may be in other layers.
+        values["target_modules"] = [
+            f"{by_hand}.{layer}.{name}" for layer in range(architecture.layers) for name in names_in_layer
+        ]
+    values.setdefault("target_modules", names_in_layer)
     if tying.layers is not None:
         if "layers_to_transform" not in names:
             raise UserError(f"tying.layers: {tying.method} adapts all layers; set tying.layers=null")
-        values["layers_to_transform"] = list(tying.layers)
+        values["layers_to_transform"] = adapted_layers(tying, architecture)
         values["layers_pattern"] = layout_of(architecture).layers.rpartition(".")[2]
     return _instance(kind, {**values, "task_type": "CAUSAL_LM"})
 

@@ -186,6 +186,8 @@ class TestUnknownFamilies:
         assert attached.adapter.architecture.kv_heads == 1
         randomise(attached.adapter, scale=0.25)
         assert not torch.equal(logits(model, ids), before)
+        grouped = family_model("falcon", new_decoder_architecture=True, num_kv_heads=2)
+        assert attach(grouped, "TABuv", RANK, layout=layout).adapter.architecture.kv_heads == 2
 
     def test_a_model_that_reads_images_is_told_where_its_layers_are(self):
         model = model_of_images()

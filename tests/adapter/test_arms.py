@@ -2,13 +2,16 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.families import model_of_images
 from helpers.tiny import composed, logits, tiny
 
 from tiedlora import other_methods
+from tiedlora.adapter import architectures
 from tiedlora.adapter.arms import ArmSpec, groups_by_pattern
 from tiedlora.adapter.attach import attach_saved, new_arm
 from tiedlora.config.compose import command
@@ -21,7 +24,7 @@ from tiedlora.runs import loading, run
 from tiedlora.runs.admission import measure
 from tiedlora.runs.inputs import SingleSlotCache
 from tiedlora.runs.loading import check_scores_mean_something
-from tiedlora.tying import LrFactors
+from tiedlora.tying import Layout, LrFactors
 
 # Blocks of these sizes do not fit the tiny model, or it has too few layers. They are tried on a random model with the
 # sizes of SmolLM2-135M.
@@ -194,12 +197,44 @@ def test_the_identity_has_all_arguments_and_not_the_budget():
         (["tying=peft/lora_kv", "model=tiny_gpt2"], r"tying.targets: 'k' is a part of attn.c_attn, .*\[qkv\]"),
         # A start that needs another base, or data.
         (["tying=peft/lora", "tying.arguments={init_lora_weights: eva}"], r"init_lora_weights=eva: .*of true, false"),
+        # Its generator's state is in no checkpoint.
+        (
+            ["tying=peft", "tying.method=Pvera", "tying.arguments={generator_seed: 7}"],
+            "no checkpoint has",
+        ),
     ],
 )
 def test_mistakes_are_one_line(words, message):
     with pytest.raises(UserError, match=message) as caught:
         trainable_params(composed(["model=tiny_llama", *words]))
     assert "\n" not in str(caught.value)
+
+
+def test_of_a_model_that_also_reads_images_the_layers_of_text_are_adapted():
+    sites = {"qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]}
+    model = model_of_images()
+    architecture = architectures.read(model, Layout("model.language_model.layers", sites))
+    for words in ([], ["tying.layers=[evenly 2]"]):
+        spec = replace(spec_of("peft/lora", *words), architecture=architecture)
+        arm = new_arm(model, spec)
+        assert {name for name in arm.trained_parts() if "language_model.layers" not in name} == set()
+        count = sum(parameter.numel() for parameter in arm.trained_parts().values())
+        own = composed(["tying=peft/lora", "model=tiny_llama", *words])
+        assert count == trainable_params(replace(own, model=replace(own.model, architecture=architecture)))
+        arm.detach()
+
+
+def test_layers_may_be_spread_evenly_before_a_budget_is_reached():
+    named, numbers = (
+        composed(["tying=peft/lora", f"tying.layers={layers}", "model=smollm2_135m", "budget=100000"]).tying.resolved
+        for layers in ("[evenly 15]", "[0-14]")
+    )
+    assert named["r"] == numbers["r"]
+
+
+def test_a_size_that_depends_on_biases_is_known_with_the_model():
+    words = ["tying=peft", "tying.method=GloraConfig", "model=tiny_llama"]
+    assert trainable_params(composed(words)) is None
 
 
 def test_the_search_for_a_size_finds_the_nearest():

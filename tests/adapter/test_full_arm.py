@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers.families import family_model
 from helpers.tiny import TINY, composed, logits, tiny
 from torch.nn import functional as F
 
@@ -184,6 +185,13 @@ def test_what_has_no_meaning_is_refused(words, message):
     with pytest.raises(UserError, match=message) as refused:
         check(composed(["model=tiny_llama", "tying=full", *words]))
     assert "\n" not in str(refused.value)
+
+
+def test_a_model_without_biases_and_weights_of_norms_decays_all_weights():
+    model, spec = family_model("olmo"), composed(["tying=full", "model=tiny_llama"]).tying
+    arm = new_arm(model, ArmSpec(spec, composed(["model=tiny_llama"]).model.architecture, 0))
+    assert [group.decays for group in arm.parameter_groups(LrFactors())] == [True]
+    arm.detach()
 
 
 def test_a_quantised_model_is_refused():

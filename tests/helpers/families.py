@@ -29,7 +29,7 @@ NUMBERS = {
 FAMILIES = tuple(NUMBERS)
 SCALED = {"granite": dict(**GROUPED, logits_scaling=8.0), "cohere": dict(**GROUPED, logit_scale=0.0625)}
 """Families without a layout of ours, whose logits have a factor."""
-OTHERS = {"falcon": dict(multi_query=True)}
+OTHERS = {"falcon": dict(multi_query=True), "olmo": {}}
 
 
 def family_model(family: str, **changes):

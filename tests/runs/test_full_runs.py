@@ -110,6 +110,8 @@ def test_the_best_step_activations_again_and_a_reward(tiny_config, tmp_path):
     for config in (plain, again):
         run.main(config)
     assert adapter_bytes(folder_of(plain)) == adapter_bytes(folder_of(again))
+    base = loading.cached_base(again, torch.device("cpu"))
+    assert not base.model.get_input_embeddings()._forward_hooks, "the base is as it was"
     # A rate that ruins the model: the step of the lowest loss is an earlier one than the last.
     best = tiny_config("tying=full", "train.lr=1", "train.warmup_steps=0", "score.checkpoint=best", *words[3:])
     record = run.main(best)

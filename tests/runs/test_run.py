@@ -38,6 +38,11 @@ def test_the_dropout_of_the_base_model_is_said(tiny_config, caplog):
     assert "own dropout" not in caplog.text
     loading.load(tiny_config("model=tiny_gpt2"), ALONE)
     assert "the base model's own dropout (0.1) is active in training" in caplog.text
+    caplog.clear()
+    model = tiny("tiny_llama").model
+    model.config.attention_dropout = 0.2
+    loading._say_own_dropout(model)
+    assert "own dropout (0.2)" in caplog.text, "of a function, and not of a module"
 
 
 def test_the_record_is_complete(tiny_config, capsys):

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from tiedlora.adapter import attach
+from tiedlora.adapter.full_arm import FullArm
+from tiedlora.commands.train import check_flags
 from tiedlora.errors import Paused, UserError
 from tiedlora.records.rows import read_validation_losses
 from tiedlora.records.run_folder import RunFolder
@@ -190,9 +192,50 @@ def test_a_process_that_fails_alone_ends_without_waiting_for_the_others(monkeypa
     assert other not in (0, -14), "neither finished nor waiting"
 
 
+def test_processes_with_different_runs_or_rows_are_refused_before_they_train(tiny_config, monkeypatch):
+    configs = [tiny_config(f"seed={seed}") for seed in range(2)]
+    for code, told in in_world(lambda rank: run.main(configs[rank]), [2, 2]):
+        assert "torchrun: its processes have different runs (" in told, code
+
+    def other_rows(rank):
+        def loaded(*parts):
+            found = load(*parts)
+            found.inputs.data["train"] = str(rank)
+            return found
+
+        monkeypatch.setattr(trainer, "load", loaded)
+        run.main(configs[0])
+
+    for _, told in in_world(other_rows, [2, 2]):
+        assert "torchrun: its processes have different rows or base models (" in told
+    assert not folder_of(configs[0]).result_file.exists()
+
+
+def test_only_the_first_process_writes_the_adapter(tiny_config, monkeypatch):
+    config = tiny_config("tying=full", "score.splits=[]")
+    save = FullArm.save
+
+    def act(rank):
+        monkeypatch.setattr(FullArm, "save", lambda *parts: save(*parts) if rank == 0 else pytest.fail("saved"))
+        run.main(config)
+
+    in_world(act)
+    assert folder_of(config).finished_record()
+
+
+def test_a_sweep_is_refused_under_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for flag in ("-m", "--multirun", "--multi"):
+        with pytest.raises(UserError, match=f"{flag}: each process of torchrun would train another cell"):
+            check_flags([flag, "seed=0,1"])
+    check_flags(["seed=0"])
+
+
 def test_processes_that_stop_together_end_their_communication():
     def act(_rank):
-        with pytest.raises(Paused), distributed.join_world("cpu"):
+        with pytest.raises(Paused), distributed.join_world("cpu") as world:
+            # One that leaves at once would end the connection that the other is still making.
+            world.any(False)
             raise Paused
         assert not dist.is_initialized()
 

@@ -95,7 +95,7 @@ def read(model: nn.Module, layout: Layout | None = None) -> Architecture:
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             heads=heads,
-            kv_heads=1 if one_kv else getattr(config, "num_key_value_heads", None) or heads,
+            kv_heads=1 if one_kv else _kv_heads(config) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             # GPT-2 calls it n_inner. None means four times the hidden size.
             intermediate=getattr(config, "intermediate_size", getattr(config, "n_inner", None))
@@ -107,6 +107,12 @@ def read(model: nn.Module, layout: Layout | None = None) -> Architecture:
         raise UserError(
             f"model: its configuration ({config.model_type}) lacks a number that is needed: {error}"
         ) from None
+
+
+def _kv_heads(config: Any) -> int | None:
+    # Falcon 40B's kind has another name for it.
+    name = "num_kv_heads" if getattr(config, "new_decoder_architecture", False) else "num_key_value_heads"
+    return getattr(config, name, None)
 
 
 def _refuse_other_inputs(model: nn.Module, family: str) -> None:

@@ -7,7 +7,6 @@ program can register more (docs/arena.md).
 
 from __future__ import annotations
 
-import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as to_bytes
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tiedlora import storage
@@ -170,26 +169,26 @@ class Arm(ABC):
 
     def save(self, folder: Path, base: BaseModelRecord) -> int:
         """Write the arm's folder, completely or not at all. Returns its size in bytes."""
-        # Copies: some methods have one tensor under several names, and the file format has no shared tensors.
-        data = to_bytes({name: tensor.detach().cpu().clone().contiguous() for name, tensor in self.tensors().items()})
         tying = self.spec.tying
         assert tying.method is not None
-        description = ArmDescription(
-            format=FORMAT,
-            base=base,
-            method=tying.method,
-            resolved=tying.resolved or {},
-            targets=tying.targets,
-            seed=self.spec.seed,
-            architecture=self.spec.architecture,
-            tensors_file=self.tensors_file,
-            sha256=hashlib.sha256(data).hexdigest(),
-            layers=tying.layers,
-        )
-        described = {**self.files_beside(base), DESCRIPTION: plain(description)}
-        contents = {self.tensors_file: data, **{name: storage.json_bytes(each) for name, each in described.items()}}
-        storage.write_folder(folder, contents)
-        return sum(map(len, contents.values()))
+        with storage.new_folder(folder) as beside:
+            # From the tensors' own memory. The library's `save` would copy all of them twice.
+            save_file(_each_once(self.tensors()), beside / self.tensors_file)
+            description = ArmDescription(
+                format=FORMAT,
+                base=base,
+                method=tying.method,
+                resolved=tying.resolved or {},
+                targets=tying.targets,
+                seed=self.spec.seed,
+                architecture=self.spec.architecture,
+                tensors_file=self.tensors_file,
+                sha256=storage.sha256(beside / self.tensors_file),
+                layers=tying.layers,
+            )
+            for name, content in {**self.files_beside(base), DESCRIPTION: plain(description)}.items():
+                storage.write_json(beside / name, content)
+            return sum(file.stat().st_size for file in beside.iterdir())
 
     def load_values(self, folder: Path) -> None:
         """Take the values of a folder that an arm of the same configuration has written.
@@ -203,6 +202,18 @@ class Arm(ABC):
         if own != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
             raise UserError(f"{folder}: has other tensors or shapes than {self.spec.tying.method} has here")
         self.take(tensors)
+
+
+def _each_once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as a file holds them. Some methods have one under several names, and a file has no shared ones."""
+    found: dict[str, Tensor] = {}
+    written: set[int] = set()
+    for name, tensor in tensors.items():
+        here = tensor.detach().cpu().contiguous()
+        place = here.untyped_storage().data_ptr()
+        found[name] = here.clone() if place in written else here
+        written.add(place)
+    return found
 
 
 def groups_by_pattern(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +13,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tiedlora.adapter.arms import Arm, ArmSpec
-from tiedlora.adapter.parts import seed_of
+from tiedlora.adapter.arms import Arm, ArmSpec, groups_by_pattern
+from tiedlora.adapter.parts import ParameterGroup, seed_of
 from tiedlora.errors import UserError
+from tiedlora.tying import LrFactors
+
+NORMS_AND_BIASES = "norm|ln_|bias"
+"""What conf/tying/full.yaml excludes from weight decay."""
 
 
 class FullArm(Arm):
@@ -39,6 +44,14 @@ class FullArm(Arm):
         self._hooks: list[RemovableHandle] = []
         self._round_once = False
         self.enable()
+
+    @override
+    def parameter_groups(self, lr_factors: LrFactors) -> list[ParameterGroup]:
+        tying, names = self.spec.tying, self.named_parameters()
+        # The option's own pattern is for all models. OLMo's norms have no weights.
+        has_none = not any(re.search(NORMS_AND_BIASES, name) for name in names)
+        no_decay = [each for each in tying.no_decay or () if not (has_none and each == NORMS_AND_BIASES)]
+        return groups_by_pattern(names, tying.lr_factors, no_decay)
 
     @override
     def named_parameters(self) -> dict[str, nn.Parameter]:

@@ -91,6 +91,12 @@ def check_flags(words: Sequence[str]) -> None:
         starts_one = flag[:2] in FLAGS or (flag.startswith("--") and any(known.startswith(flag) for known in FLAGS))
         if flag.startswith("-") and not (flag in FLAGS or starts_one):
             raise errors.UserError(f"{flag:.80}: is no flag of train.py{nearest(flag, FLAGS)}; keys are KEY=VALUE")
+        is_sweep = flag == "-m" or (flag.startswith("--m") and "--multirun".startswith(flag))
+        if is_sweep and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise errors.UserError(
+                f"{flag}: each process of torchrun would train another cell of the sweep; start the sweep without "
+                "torchrun, with hydra/launcher=joblib_slots for several GPUs"
+            )
         # Hydra's script for a shell would call `tiedlora` without `train`.
         if flag in COMPLETION and sys.argv[0].startswith(f"{errors.CONSOLE} "):
             raise errors.UserError(f"{flag}: is for `python ./train.py` in a checkout only; leave it out")

@@ -173,11 +173,17 @@ def _peft_params(tying: TyingConfig, architecture: Architecture) -> int | None:
 
 
 def _count(tying: TyingConfig, architecture: Architecture) -> int | None:
+    # The skeleton's layers have no biases, and with biases they all have them. The real ones are known with the model.
+    counts = {_count_on(_skeleton(architecture, bias), tying, architecture) for bias in (False, True)}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _count_on(skeleton: Any, tying: TyingConfig, architecture: Architecture) -> int | None:
     # PEFT is an extra, and both libraries are slow to load: only a method of PEFT needs them here.
     import torch  # noqa: PLC0415
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING  # noqa: PLC0415
 
-    config, skeleton = other_methods.peft_config(tying, architecture, seed=0), _skeleton(architecture)
+    config = other_methods.peft_config(tying, architecture, seed=0)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:
@@ -192,24 +198,32 @@ def _count(tying: TyingConfig, architecture: Architecture) -> int | None:
     return sum(int(parameter.numel()) for parameter in tuner.parameters() if parameter.requires_grad)
 
 
-def _skeleton(architecture: Architecture) -> Any:
+def _skeleton(architecture: Architecture, bias: bool) -> Any:
     import torch  # noqa: PLC0415
     from torch import nn  # noqa: PLC0415
 
-    layout, root = layout_of(architecture), nn.Module()
+    root, modules = nn.Module(), _modules(architecture)
     for layer in range(architecture.layers):
-        for target, paths in layout.sites.items():
-            if any(":" in path for path in paths) or (target == "qkv" and len(paths) > 1):
-                # A part of a fused module, or three modules that are targets of their own.
-                continue
-            d_in, d_out = spec.target_shape(architecture, target)
-            linear = nn.Linear(d_in, d_out, bias=False, device=torch.device("meta"))
+        for path, (d_in, d_out) in modules.items():
+            linear = nn.Linear(d_in, d_out, bias=bias, device=torch.device("meta"))
             parent: Any = root
-            *parents, name = f"{layout.layers}.{layer}.{paths[0]}".split(".")
+            *parents, name = f"{layout_of(architecture).layers}.{layer}.{path}".split(".")
             for each in parents:
                 parent = parent._modules.setdefault(each, nn.Module())
             parent.add_module(name, linear.requires_grad_(False))
     return root
+
+
+def _modules(architecture: Architecture) -> dict[str, tuple[int, int]]:
+    """The path of each module inside a layer that a target names whole -> its sizes, in and out."""
+    found: dict[str, tuple[int, int]] = {}
+    for target, paths in layout_of(architecture).sites.items():
+        # `qkv` may be three modules, which are targets of their own too.
+        targets = ["q", "k", "v"] if target == "qkv" and len(paths) == 3 else [target]
+        for each, path in zip(targets, paths, strict=False):
+            if ":" not in path:
+                found[path] = spec.target_shape(architecture, each)
+    return found
 
 
 def missed_budget(config: Config, count: int) -> str | None:

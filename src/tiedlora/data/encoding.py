@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -373,8 +374,9 @@ def load_or_encode(
     """
     if len(examples) < MIN_ROWS or base is None:
         return encode_rows(encoder, examples)
-    key = [ENCODING_VERSION, tokenizers.__version__, identity(encoder.config), encoder.context, digest]
-    key += encoder.versions.values()
+    # A tokenizer of the hub has no digest, and transformers may convert it in another way.
+    key = [ENCODING_VERSION, tokenizers.__version__, version("transformers"), *encoder.versions.values()]
+    key += [identity(encoder.config), encoder.context, digest]
     path = cache / "tokens" / f"{storage.json_sha256([*key, plain(base)])[:24]}.int32"
     with suppress(OSError, ValueError):
         return _from_bytes(path.read_bytes())

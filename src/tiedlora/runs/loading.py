@@ -6,10 +6,12 @@ Consecutive runs of one process use the same base model and token ids, so a proc
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,6 +47,8 @@ log = logging.getLogger(__name__)
 
 TOKENS: SingleSlotCache[dict[str, EncodedRows]] = SingleSlotCache()
 _BASE: SingleSlotCache[BaseModel] = SingleSlotCache()
+OF_OTHER_HEADS = re.compile("classifier|summary")
+"""The start of the configuration's names of dropout in heads that a causal language model has not."""
 
 
 @contextmanager
@@ -241,8 +245,15 @@ def _check_processes(world: World, is_shared: bool, device_map: str | None) -> N
 
 def _say_own_dropout(model: nn.Module) -> None:
     """Log the dropout of the base model itself, such as GPT-2's: no key of a run shows it."""
-    shares = sorted({module.p for module in model.modules() if isinstance(module, nn.Dropout) and module.p})
-    if shares:
+    config: Any = model.config
+    # Most families have no module of it, and read a number of their configuration.
+    numbers = {
+        value
+        for name, value in config.get_text_config().to_dict().items()
+        if re.search("dropout|pdrop", name) and not OF_OTHER_HEADS.match(name) and type(value) is float
+    }
+    shares = sorted({module.p for module in model.modules() if isinstance(module, nn.Dropout)} | numbers)
+    if shares := [share for share in shares if share]:
         words = ", ".join(f"{share:g}" for share in shares)
         log.info("the base model's own dropout (%s) is active in training; its masks depend on the passes' size", words)
 

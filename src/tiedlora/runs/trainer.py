@@ -24,6 +24,7 @@ from tiedlora.config.identity import config_tree, identity
 from tiedlora.config.schema import FORGETTING, Config, ModelConfig, ScoreConfig
 from tiedlora.data.batching import Batch, BatchSampler, collate, empty_batch, even_passes, microbatches
 from tiedlora.data.encoding import Encoded
+from tiedlora.description import DESCRIPTION
 from tiedlora.errors import StoppedEarly, UserError, is_out_of_memory
 from tiedlora.families import layout_of
 from tiedlora.models import device as devices
@@ -70,6 +71,7 @@ def carry_out(config: Config, folder: RunFolder) -> RunRecord | None:
     """
     device = devices.resolve_device(config.train.device)
     with computing_as(config.train, device), join_world(device.type) as world:
+        _check_alike(world, "runs", folder.path.name)
         # 1. Do all processes agree that the run is not finished?
         finished = None if config.force else folder.record()
         if world.any(finished is not None):
@@ -89,6 +91,7 @@ def carry_out(config: Config, folder: RunFolder) -> RunRecord | None:
         with StopSignal() as stop, ExitStack() as undone:
             loaded = load(config, world)
             undone.callback(loaded.release)
+            _check_alike(world, "rows or base models", (loaded.inputs.data, loaded.inputs.base))
             own = undone.enter_context(_written_folder(folder, config.force, world))
             # Another process with the same command may have finished the run while this one was loading.
             if world.any(own.record() is not None):
@@ -97,7 +100,7 @@ def carry_out(config: Config, folder: RunFolder) -> RunRecord | None:
             training = begin(config, loaded, own, folder.checkpoints)
             training.train(stop)
             with training.trackers.closed_on_error():
-                adapter_bytes = loaded.arm.save(own.adapter, loaded.base.record)
+                adapter_bytes = _save_adapter(loaded, own)
                 record = record_of(config, loaded, training.state, own, adapter_bytes)
                 # 4. Score. Every process scores its share, and writes the rows of all into its own folder. What a stop
                 # has left is kept if it is of this adapter.
@@ -112,6 +115,30 @@ def carry_out(config: Config, folder: RunFolder) -> RunRecord | None:
             own.write_record(record)
             own.tidy()
             return record
+
+
+def _check_alike(world: World, what: str, mine: object) -> None:
+    """Raises UserError, in every process, if the processes have not all the same."""
+    found = world.gather(mine)
+    if any(other != mine for other in found):
+        each = "; ".join(sorted({*map(str, found)}))
+        raise UserError(
+            f"torchrun: its processes have different {what} ({each}); give all of them the same command and files"
+        )
+
+
+def _save_adapter(loaded: Loaded, folder: RunFolder) -> int:
+    """Save the adapter in the first process. The others get its description, whose digest their scores name.
+
+    Returns:
+        The size of its files in bytes; 0 in the other processes.
+    """
+    world, described = loaded.world, folder.adapter / DESCRIPTION
+    size = loaded.arm.save(folder.adapter, loaded.base.record) if world.is_first else 0
+    description = world.gather(storage.read_bytes(described) if world.is_first else b"")[0]
+    if not world.is_first:
+        storage.write_bytes(described, description)
+    return size
 
 
 def _with_commit(config: Config, folder: RunFolder, world: World) -> Config:
@@ -304,6 +331,8 @@ class Training:
         finally:
             if train.recompute_activations:
                 model.activation_checkpointing_disable()
+                # The other call has made the embeddings ask for gradients, and this one does not end it.
+                model.disable_input_require_grads()
 
     def _reward(self) -> Reward:
         return Reward(
