@@ -232,11 +232,15 @@ def test_a_sweep_is_refused_under_torchrun(monkeypatch):
 
 
 def test_processes_that_stop_together_end_their_communication():
-    def act(_rank):
-        with pytest.raises(Paused), distributed.join_world("cpu") as world:
+    def stop():
+        with distributed.join_world("cpu") as world:
             # One that leaves at once would end the connection that the other is still making.
             world.any(False)
             raise Paused
+
+    def act(_rank):
+        with pytest.raises(Paused):
+            stop()
         assert not dist.is_initialized()
 
     in_world(act)
