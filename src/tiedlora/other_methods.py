@@ -168,18 +168,18 @@ def peft_config(tying: TyingConfig, architecture: Architecture, seed: int) -> An
     for name in SEED_ARGUMENTS:
         if name in names:
             values.setdefault(name, seed)
-    names_in_layer = module_names(tying, architecture)
-    if by_hand := architecture.layout.layers:
+    if tying.layers is not None and "layers_to_transform" not in names:
+        raise UserError(f"tying.layers: {tying.method} adapts all layers; set tying.layers=null")
+    in_layer, by_hand = module_names(tying, architecture), architecture.layout.layers
+    if by_hand and "target_modules" not in values:
         # PEFT takes every module whose path ends so. Of a model that also reads images, these may be in other layers.
-        values["target_modules"] = [
-            f"{by_hand}.{layer}.{name}" for layer in range(architecture.layers) for name in names_in_layer
-        ]
-    values.setdefault("target_modules", names_in_layer)
-    if tying.layers is not None:
-        if "layers_to_transform" not in names:
-            raise UserError(f"tying.layers: {tying.method} adapts all layers; set tying.layers=null")
+        # It asks for no layers where it finds a whole path.
+        layers = adapted_layers(tying, architecture)
+        values["target_modules"] = [f"{by_hand}.{layer}.{name}" for layer in layers for name in in_layer]
+    elif tying.layers is not None:
         values["layers_to_transform"] = adapted_layers(tying, architecture)
         values["layers_pattern"] = layout_of(architecture).layers.rpartition(".")[2]
+    values.setdefault("target_modules", in_layer)
     return _instance(kind, {**values, "task_type": "CAUSAL_LM"})
 
 

@@ -364,7 +364,7 @@ def copy_folder(source: Path, path: Path) -> bool:
 
 
 @contextmanager
-def new_folder(path: Path, replaces: bool = True) -> Iterator[Path]:
+def new_folder(path: Path, replaces: bool = True, last: str | None = None) -> Iterator[Path]:
     """A temporary folder that replaces `path` when the block ends without an error. After an error it is removed.
 
     The old content comes back if the replacement fails or is interrupted. Only a kill between two renames leaves it
@@ -372,6 +372,8 @@ def new_folder(path: Path, replaces: bool = True) -> Iterator[Path]:
 
     Args:
         replaces: False to refuse a folder with files by an OSError.
+        last: with it, other files in `path` stay. The folder cannot be replaced as a whole then, so each file is, and
+            the one of this name at the end. It must hold what identifies the others, such as their sha256.
     """
     # A link stays, and leads to the new content.
     path = Path(os.path.realpath(path))
@@ -382,6 +384,12 @@ def new_folder(path: Path, replaces: bool = True) -> Iterator[Path]:
             yield beside
             for entry in [*beside.rglob("*"), beside]:
                 flush_to_disk(entry)
+            names = {entry.name for entry in beside.iterdir()}
+            if last is not None and path.is_dir() and any(entry.name not in names for entry in path.iterdir()):
+                for name in sorted(names, key=lambda name: name == last):
+                    os.replace(beside / name, path / name)
+                flush_to_disk(path)
+                return
             try:
                 if replaces and path.is_dir():
                     os.replace(path, before)
@@ -397,15 +405,11 @@ def new_folder(path: Path, replaces: bool = True) -> Iterator[Path]:
 
 
 def write_folder(path: Path, contents: Mapping[str, bytes]) -> None:
-    """Write a folder's files, completely or not at all. If the folder has other files, they stay.
+    """Write a folder's files, completely or not at all. If the folder has other files, they stay (see `new_folder`).
 
-    With other files the folder cannot be replaced as a whole. Then each file is replaced, in the order of `contents`.
-    The last one must hold what identifies the others, such as their sha256.
+    Args:
+        contents: name -> content. The last one must hold what identifies the others.
     """
-    if path.is_dir() and any(file.name not in contents for file in path.iterdir()):
-        for name, data in contents.items():
-            write_bytes(path / name, data)
-        return
-    with new_folder(path) as beside:
+    with new_folder(path, last=[*contents][-1]) as beside:
         for name, data in contents.items():
             (beside / name).write_bytes(data)

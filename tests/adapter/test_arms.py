@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -214,14 +215,29 @@ def test_of_a_model_that_also_reads_images_the_layers_of_text_are_adapted():
     sites = {"qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]}
     model = model_of_images()
     architecture = architectures.read(model, Layout("model.language_model.layers", sites))
-    for words in ([], ["tying.layers=[evenly 2]"]):
+    for words, layers in (([], "012"), (["tying.layers=[evenly 2]"], "02")):
         spec = replace(spec_of("peft/lora", *words), architecture=architecture)
         arm = new_arm(model, spec)
-        assert {name for name in arm.trained_parts() if "language_model.layers" not in name} == set()
+        adapted = {re.search(r"language_model\.layers\.(\d)\.", name)[1] for name in arm.trained_parts()}
+        assert adapted == {*layers}
         count = sum(parameter.numel() for parameter in arm.trained_parts().values())
         own = composed(["tying=peft/lora", "model=tiny_llama", *words])
         assert count == trainable_params(replace(own, model=replace(own.model, architecture=architecture)))
         arm.detach()
+    own = replace(spec_of("peft/lora", "tying.arguments.target_modules=[q_proj]").tying, layers=None)
+    assert other_methods.peft_config(own, architecture, 0).target_modules == {"q_proj"}, "what the user has named"
+
+
+def test_an_arm_leaves_other_files_of_a_folder_and_others_may_read_its_own(tmp_path):
+    folder = tmp_path / "arm"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    arm = new_arm(tiny("tiny_llama").model, spec_of("peft/lora"))
+    for _ in range(2):
+        arm.save(folder, tiny("tiny_llama").record)
+    arm.detach()
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "adapter_model.safetensors").stat().st_mode == (folder / "notes.txt").stat().st_mode
 
 
 def test_layers_may_be_spread_evenly_before_a_budget_is_reached():

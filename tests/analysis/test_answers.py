@@ -66,6 +66,11 @@ class TestRules:
         assert f"{clusters} clusters" in found.reason
         assert found.findings.difference is not None
 
+    def test_one_cluster_of_many_rows_that_stand_alone_takes_no_verdict_away(self, tmp_path):
+        of_row = {str(row): "text" for row in range(SURE["rows"] // 10)}
+        (tmp_path / "clusters.json").write_text(json.dumps({"chain_sum": of_row}))
+        assert of_world(tmp_path, {"LoRA": 0.5, "TABuv": 0.8}, claim={"rule": "better_by: 0.0"}).verdict == "supported"
+
     def test_a_lower_loss_is_better(self, tmp_path):
         generator = np.random.default_rng(0)
         rows = generator.gamma(4, 0.1, 300)

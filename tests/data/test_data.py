@@ -1,5 +1,7 @@
 """From text to batches: labels cover only the target, and long prompts are shortened as the task allows."""
 
+from types import SimpleNamespace
+
 import pytest
 import tokenizers
 from helpers.tiny import composed, tiny
@@ -185,6 +187,11 @@ def test_a_target_that_holds_an_end_of_an_answer_is_refused():
     end = coder.tokenizer.eos_token
     with pytest.raises(UserError, match=r"the target of row a holds '.+', which is a token that ends an answer"):
         encode_rows(coder, [Example("a", "x", f" yes {end} no")])
+    coder.tokenizer = SimpleNamespace(eos_token_id=0, decode=str)
+    coder.continuation, coder.prompt = lambda _text: (5, 0, 6), lambda _text: (1,)
+    with pytest.raises(UserError, match="the target of row a holds '0'"):
+        coder.example(Example("a", "x", "y"))
+    coder = encoder("task.stop=['<|im_end|>']")
     # A template may write the end of its turn.
     assert encode_rows(coder, [Example("a", "x", f" yes{end}")]).encoded[0].target[-2:] == (
         coder.tokenizer.eos_token_id,

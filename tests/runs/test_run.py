@@ -24,6 +24,7 @@ from tiedlora.data.batching import BatchSampler
 from tiedlora.errors import UserError
 from tiedlora.places import PROJECT
 from tiedlora.records.rows import read_metrics, read_validation_losses
+from tiedlora.records.run_folder import Busy, RunFolder
 from tiedlora.records.scores import read_run_scores, read_score_record, read_scores
 from tiedlora.runs import inputs, loading, run, trainer
 from tiedlora.runs.inputs import SingleSlotCache
@@ -109,10 +110,13 @@ def test_a_finished_run_is_printed_without_torch_or_its_generator(tiny_run, fini
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_a_finished_run_is_printed_while_another_process_scores_it(finished_run, capsys):
+def test_a_finished_run_is_printed_while_another_process_scores_it(finished_run, capsys, monkeypatch):
+    def taken(_folder):
+        raise Busy("another process is working on this run")
+
     config = finished_run()
-    with folder_of(config).locked():
-        run.main(config)
+    monkeypatch.setattr(RunFolder, "locked", taken)
+    run.main(config)
     assert "finished before" in capsys.readouterr().out
 
 

@@ -21,7 +21,7 @@ from helpers.tiny import folder_of, rows_of, saved_tiny, tiny
 from tiedlora import storage
 from tiedlora.commands.fetch_data import main as fetch
 from tiedlora.config import compose
-from tiedlora.config.identity import run_id
+from tiedlora.config.identity import config_tree, run_id
 from tiedlora.config.schema import SCORED_SPLITS, SPLITS
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
@@ -197,6 +197,16 @@ def test_the_id_has_the_rows_of_a_data_root_too(tmp_path):
     write_lines(roots[0] / "rows" / "train.jsonl", ROWS[1:])
     with refused("is another file than that of the run's id"):
         load_examples(load_task(configs[0].task), "train", str(roots[0]))
+
+
+def test_a_record_of_before_is_read_as_it_is(tmp_path):
+    """It has no sha256 of rows below data_root, and `\\n` in a template of a built-in task."""
+    (tmp_path / "rows").mkdir()
+    write_lines(tmp_path / "rows" / "train.jsonl", ROWS)
+    tree = config_tree(compose.compose_config([*WORDS, f"data_root={tmp_path}"]))
+    tree["task"] |= {"rows_from": {}, "prompt": "$\\nabla$ {text}"}
+    storage.write_yaml(tmp_path / "config.yaml", tree)
+    assert compose.read_finished_config(tmp_path / "config.yaml", tree).task.prompt == "$\\nabla$ {text}"
 
 
 def test_a_moved_run_finds_files_of_one_name_by_their_folders(tmp_path):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tiedlora import storage
@@ -168,12 +167,15 @@ class Arm(ABC):
         return {}
 
     def save(self, folder: Path, base: BaseModelRecord) -> int:
-        """Write the arm's folder, completely or not at all. Returns its size in bytes."""
+        """Write the arm's folder, completely or not at all. Other files of a folder that is there stay.
+
+        Returns:
+            The size of the arm's files in bytes.
+        """
         tying = self.spec.tying
         assert tying.method is not None
-        with storage.new_folder(folder) as beside:
-            # From the tensors' own memory. The library's `save` would copy all of them twice.
-            save_file(_each_once(self.tensors()), beside / self.tensors_file)
+        with storage.new_folder(folder, last=DESCRIPTION) as beside:
+            files.write_tensors(_each_once(self.tensors()), beside / self.tensors_file)
             description = ArmDescription(
                 format=FORMAT,
                 base=base,

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tiedlora import storage
@@ -66,6 +67,15 @@ def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> int:
     contents = {TENSORS: data, DESCRIPTION: storage.json_bytes(description)}
     storage.write_folder(folder, contents)
     return sum(map(len, contents.values()))
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file from the tensors' own memory. The library's `save` would copy all of them twice."""
+    # The library lets nobody else read the file, whatever the umask says.
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 def stored_parts(adapter: TiedAdapter) -> dict[str, nn.Parameter]:

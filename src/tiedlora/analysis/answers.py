@@ -26,7 +26,10 @@ from tiedlora.analysis.regret import DoubtfulRate, doubtful_rates
 from tiedlora.analysis.rules import Rule, Sides
 from tiedlora.analysis.runs import Measure, NotComparable, Scorebook
 from tiedlora.records.interval import Interval
-from tiedlora.text import counted, number_list
+from tiedlora.text import number_list
+
+MOST_FOR_NO_VERDICT = intervals.FEWEST_FREEDOM
+"""Rows that count as so many clusters of one size, or fewer, give no verdict: of 4 clusters, up to 69 % were wrong."""
 
 
 class Verdict(StrEnum):
@@ -246,7 +249,7 @@ def _answer(claim: Claim, pair: Pair | Unpaired, split: str, book: Scorebook) ->
         measure = _measure(claim, pair.method, split)
         ended = _ended(pair.sides, measure)
         found = planned_sides(pair.method, pair.comparator, measure, book, floor=pair.floor, plan=claim.plan)
-        few = _too_few_clusters(pair.method, measure, book)
+        few = _few_clusters(pair.method, measure, book)
     except NotComparable as why:
         reason = f"{pair.method.name} and {pair.comparator.name}{_over(pair)}: {why}"
         # Where the runs are, they lack these scores.
@@ -254,8 +257,8 @@ def _answer(claim: Claim, pair: Pair | Unpaired, split: str, book: Scorebook) ->
         decide = f"scripts/score.py RUN --split {split}" if lacks_scores else next_look(claim, 0, ended)
         return asked(Verdict.UNDECIDED, reason, decide, measure=measure)
     sides = found.sides
-    if few:
-        reason = f"rows of only {counted(few, 'cluster')}: a verdict would hold for these alone"
+    if few is not None:
+        reason = f"the rows count as only {few:.2g} clusters of one size: a verdict would hold for these alone"
         decision = _Decision((), Verdict.UNDECIDED, reason, Next("rows of more clusters"))
     else:
         decision = _decide(claim, _zero(claim, pair), found, ended)
@@ -279,15 +282,15 @@ def _answer(claim: Claim, pair: Pair | Unpaired, split: str, book: Scorebook) ->
     return asked(decision.verdict, reason, wanted.decide, wanted.chance, wanted.lacking, measure, findings, doubtful)
 
 
-def _too_few_clusters(group: RunGroup, measure: Measure, book: Scorebook) -> int:
-    """How many clusters the rows of a group's scores come in, if these are too few to be the sample; otherwise 0."""
-    found = 0
+def _few_clusters(group: RunGroup, measure: Measure, book: Scorebook) -> float | None:
+    """As how many clusters of one size the rows of a group's scores count, if a verdict needs more; otherwise None."""
     for run in measure.scored(group.runs):
         # One seed's damaged rows say nothing about the others'.
         with suppress(NotComparable):
             rows = book.read(run, measure.split, measure.kind, False)
-            found = max(found, rows.named_clusters if rows.clusters is None else 0)
-    return found
+            if rows.named_clusters and rows.clusters is None and rows.equal_clusters <= MOST_FOR_NO_VERDICT:
+                return rows.equal_clusters
+    return None
 
 
 def _over(pair: Pair) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -367,6 +368,8 @@ class RowScores:
     """Which examples belong together; None if all are independent, or in too few clusters for an interval over them."""
     named_clusters: int
     """How many clusters the rows name; 0 if each row has its own."""
+    equal_clusters: float
+    """As how many clusters of one size the rows count: (number of rows)^2 / sum over clusters (its rows)^2."""
 
     @classmethod
     def of(
@@ -377,7 +380,9 @@ class RowScores:
         """
         named = set(names) - {""}
         shared = len(named) if len(named) < len(names) - names.count("") else 0
-        return cls(tuple(ids), of_metric, unreadable, Clusters.of(names), shared)
+        alone, sizes = names.count(""), Counter(name for name in names if name)
+        equal = len(names) ** 2 / max(1, alone + sum(size * size for size in sizes.values()))
+        return cls(tuple(ids), of_metric, unreadable, Clusters.of(names), shared, equal)
 
     @property
     def note_on_clusters(self) -> str:

@@ -131,7 +131,7 @@ def load(composed: DictConfig | dict[str, Any]) -> Config:
     Raises:
         UserError: one line that names the key.
     """
-    return complete(typed(composed))
+    return complete(typed(composed), is_recorded=isinstance(composed, dict))
 
 
 def typed(composed: DictConfig | dict[str, Any]) -> Config:
@@ -153,8 +153,11 @@ def typed(composed: DictConfig | dict[str, Any]) -> Config:
     return replace(config, model=own_model.read(config.model, keys, Path(config.cache))) if keys else config
 
 
-def complete(config: Config) -> Config:
+def complete(config: Config, is_recorded: bool = False) -> Config:
     """Fill in the values that depend on others, and check all.
+
+    Args:
+        is_recorded: whether it is that of a record, whose task is complete as it is.
 
     Returns:
         A new object. It shares the sections that did not change with `config`, whose sections stay as they were.
@@ -171,7 +174,8 @@ def complete(config: Config) -> Config:
         train = replace(train, init_from=str(folder), init_digest=adapter_digest(folder))
     # A recorded configuration has all arguments of another method. To search those of a budget again would load PEFT.
     has_arguments = config.tying.resolved is not None
-    config = complete_method(replace(config, train=train, task=complete_task(config)))
+    task = config.task if is_recorded else complete_task(config)
+    config = complete_method(replace(config, train=train, task=task))
     check(config)
     if config.budget is not None and not has_arguments:
         config = at_budget(config)

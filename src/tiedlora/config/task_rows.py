@@ -16,8 +16,8 @@ UNNAMED = "rows"
 
 
 def rows_folder(config: TaskConfig, data_root: Path) -> Path:
-    """The task's folder below data_root. A data set of the hub that no task of its own names has one of its own."""
-    if config.folder is None and config.kind == OWN_ROWS and config.name == UNNAMED and config.hub.id:
+    """The task's folder below data_root. For task=rows, a data set of the hub has one of its own."""
+    if config.folder is None and config.kind == OWN_ROWS and config.hub.id:
         return data_root / _name_of(config.hub)
     return data_root / (config.folder or config.name)
 
@@ -47,7 +47,7 @@ def complete_task(config: Config) -> TaskConfig:
     prompt, target, *stop = (text.replace("\\n", "\n") for text in (task.prompt, task.target, *task.stop))
     has_chat_template = task.chat_template or task.messages is not None
     task = replace(task, prompt=prompt, target=target, stop=stop, chat_template=has_chat_template)
-    # A recorded configuration has them, and its files may be gone.
+    # The command of a record is composed with them, and its files may be gone.
     return task if task.rows_from else replace(task, rows_from=_rows_from(task, config))
 
 

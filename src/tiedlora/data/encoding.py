@@ -291,7 +291,8 @@ class Encoder:
         target = self.continuation(example.target)
         ends = {self.tokenizer.eos_token_id, *self.more_ends}
         last = next((place for place in range(len(target), 0, -1) if target[place - 1] not in ends), 0)
-        if early := next((token for token in target[:last] if token in ends), None):
+        early = next((token for token in target[:last] if token in ends), None)
+        if early is not None:
             # The model would learn to end there, and no answer could equal the target.
             raise UserError(
                 f"task={self.config.name}: the target of row {example.id} holds {self.tokenizer.decode(early)!r}, "

@@ -20,13 +20,12 @@ from typing import Any
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from tiedlora import storage
 from tiedlora.adapter import arms
 from tiedlora.adapter.attach import attach_saved
-from tiedlora.adapter.files import TENSORS
+from tiedlora.adapter.files import TENSORS, write_tensors
 from tiedlora.adapter.parts import TiedAdapter
 from tiedlora.config import compose
 from tiedlora.config.embedded import EMBEDDED, EmbeddedModel
@@ -321,7 +320,7 @@ def to_peft(adapter: TiedAdapter, folder: Path | str, base: str, revision: str |
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / PEFT_TENSORS, metadata={"format": "pt"})
+    write_tensors(tensors, folder / PEFT_TENSORS, metadata={"format": "pt"})
     storage.write_json(folder / PEFT_FILE, config)
 
 

@@ -91,7 +91,8 @@ def carry_out(config: Config, folder: RunFolder) -> RunRecord | None:
         with StopSignal() as stop, ExitStack() as undone:
             loaded = load(config, world)
             undone.callback(loaded.release)
-            _check_alike(world, "rows or base models", (loaded.inputs.data, loaded.inputs.base))
+            scored = {split: digest(rows) for split, rows in loaded.examples.items() if world.size > 1}
+            _check_alike(world, "rows or base models", (loaded.inputs.data, scored, loaded.inputs.base))
             own = undone.enter_context(_written_folder(folder, config.force, world))
             # Another process with the same command may have finished the run while this one was loading.
             if world.any(own.record() is not None):

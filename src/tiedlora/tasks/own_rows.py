@@ -52,8 +52,8 @@ from tiedlora.text import nearest
 
 NORMALISED = ("exact_match", "token_f1")
 """The metrics that compare forms of an answer (task.normalise)."""
-OF_WORDS = ("token_f1", "bleu", *ROUGES)
-"""The metrics whose words have blanks between them. ROUGE has one more rule (has_rouge_words)."""
+OF_WORDS = ("token_f1", "bleu")
+"""The metrics whose words have blanks between them. ROUGE has a rule of its own (has_rouge_words)."""
 SOURCES = "give task.files=FILE (or task.files={train: FILE, validation: FILE, test: FILE}), or task.hub.id=ORG/NAME"
 
 

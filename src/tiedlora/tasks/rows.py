@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tiedlora import storage
-from tiedlora.config.schema import TaskConfig
+from tiedlora.config.schema import HubSource, TaskConfig
 from tiedlora.config.task_rows import UNNAMED, rows_folder
 from tiedlora.errors import UserError
 from tiedlora.text import nearest
@@ -316,7 +316,12 @@ def ways_to_get(config: TaskConfig) -> str:
         return f"Put {files} in your FOLDER. {then}"
     words = [f"task={config.name}"]
     if config.name == UNNAMED:
-        words += [f"task.hub.{name}={value}" for name in ("id", "subset") if (value := getattr(config.hub, name))]
+        usual = HubSource()
+        given = {name: value for name, value in vars(config.hub).items() if value != getattr(usual, name)}
+        if splits := given.pop("splits", None):
+            named = ", ".join(f"{own}: {name}" for own, name in splits.items())
+            words.append(f"'+task.hub.splits={{{named}}}'")
+        words += [f"task.hub.{name}={value}" for name, value in given.items()]
     return (
         f"Three ways to get it: reach the hub ({config.hub.id}); or, where the hub is in reach, `python "
         f"scripts/fetch_data.py {' '.join(words)} data_root=FOLDER`, and copy FOLDER here; or put {files} with the "

@@ -18,10 +18,11 @@ from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tiedlora import storage
+from tiedlora.adapter.files import write_tensors
 from tiedlora.errors import UserError
 from tiedlora.reading import StoredText, plain, typed
 from tiedlora.records.provenance import CHAT_TEMPLATE, TOKEN_FILES, CodeVersion, ContinuedFrom, Execution
@@ -72,8 +73,7 @@ def save(
         tensors |= {f"optimizer/{name}/{key}": value for key, value in optimizer.state[parameter].items()}
     here = folder / f"step-{state.step:08d}"
     with storage.new_folder(here) as beside:
-        # From the tensors' own memory. The library's `save` would copy all of them twice.
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, beside / TENSORS)
+        write_tensors({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, beside / TENSORS)
         tree = {"progress": asdict(state), "facts": plain(inputs), "sha256": storage.sha256(beside / TENSORS)}
         tree["state_sha256"] = storage.json_sha256(tree)
         storage.write_json(beside / STATE, tree)
