@@ -300,6 +300,13 @@ class TestLooks:
         named = answer(tmp_path, tasks="{chain_sum: exact_match_strict}")
         assert named.measure.metric == "exact_match_strict"
 
+    def test_while_rates_are_searched_the_planned_seeds_are_missing_and_not_scores(self, tmp_path):
+        for name in ("LoRA", "TABuv"):
+            write_run(tmp_path / "runs", make_record(name=name, seed=30))
+        found = answer(tmp_path)
+        assert "TABuv r=8 has none of these seeds" in found.reason
+        assert found.decide == "the look at 3 seeds: needs seeds 0 to 2 on both sides"
+
 
 def test_a_control_whose_later_seeds_have_not_run_is_undecided_in_the_whole_report(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.6}, seeds=3, rows=50)

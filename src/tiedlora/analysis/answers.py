@@ -253,7 +253,7 @@ def _answer(claim: Claim, pair: Pair | Unpaired, split: str, book: Scorebook) ->
     except NotComparable as why:
         reason = f"{pair.method.name} and {pair.comparator.name}{_over(pair)}: {why}"
         # Where the runs are, they lack these scores.
-        lacks_scores = measure is None and pair.method.runs
+        lacks_scores = measure is None and _has_planned(claim, pair.method)
         decide = f"scripts/score.py RUN --split {split}" if lacks_scores else next_look(claim, 0, ended)
         return asked(Verdict.UNDECIDED, reason, decide, measure=measure)
     sides = found.sides
@@ -416,15 +416,21 @@ def _measure(claim: Claim, method: RunGroup, split: str) -> Measure:
     Raises:
         NotComparable: no run of the method is scored by it.
     """
-    if not method.runs:
-        raise NotComparable(f"{method.name} has none of these seeds")
     scored = method.metrics(split)
+    if not scored and not _has_planned(claim, method):
+        # The runs of a search of rates are not scored, and need not be.
+        raise NotComparable(f"{method.name} has none of these seeds")
     if not scored:
         raise NotComparable(f"not scored on {split}")
     metric = claim.metric_on(method.task, scored[0])
     if metric not in scored:
         raise NotComparable(f"{split} has no {metric}; it has {', '.join(scored)}")
     return Measure(split, metric)
+
+
+def _has_planned(claim: Claim, method: RunGroup) -> bool:
+    """Whether one of its runs has a seed of the claim's plan."""
+    return any(run.seed in claim.plan.seeds for run in method.runs)
 
 
 def _decide(claim: Claim, zero: str, found: PlannedSides, ended: Mapping[str, set[int]]) -> _Decision:
