@@ -29,7 +29,7 @@ help:
 	@echo "make install  only the virtual environment, in .venv"
 	@echo "make clean    remove .venv, .venv-lowest and caches; outputs/ stays"
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt Makefile
 	$(if $(IS_NEW),,$(error $(PYTHON) is no Python 3.11 or newer ($(FOUND)); name one, as in: make $(or $(MAKECMDGOALS),run) PYTHON=python3.12))
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .

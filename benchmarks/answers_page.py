@@ -100,7 +100,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         # Evaluating a text is forbidden on the page, so the measurement goes around its policy.
         page = browser.new_context(viewport={"width": 1300, "height": 850}, bypass_csp=True).new_page()
-        address = f"file://{out / 'index.html'}"
+        address = (out / "index.html").absolute().as_uri()
         started = time.perf_counter()
         page.goto(address)
         loaded = time.perf_counter() - started

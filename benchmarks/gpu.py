@@ -26,11 +26,12 @@ from typing import Any
 import common
 import gpu_parts
 import gpu_report
+import psutil
 
 REPORT = common.PROJECT / "docs" / "gpu-report.md"
 REHEARSAL_REPORT = common.PROJECT / "report" / "gpu-rehearsal.md"
 LONGEST_PART = 600
-"""Seconds after which a part is given up."""
+"""Seconds after which a measurement is given up. The tests have limits of their own."""
 Measure = Callable[[str, Sequence[Any]], dict[str, Any]]
 """(part, arguments) -> figures. It raises RuntimeError with a line that says what went wrong."""
 
@@ -123,12 +124,31 @@ def in_own_process(plan: gpu_parts.Plan, environment: dict[str, str], part: str,
     # One GPU, because Trainer would take all. Two processes need two.
     one = {} if part == "processes" or "CUDA_VISIBLE_DEVICES" in environment else {"CUDA_VISIBLE_DEVICES": "0"}
     try:
-        done = subprocess.run(command, env={**environment, **one}, capture_output=True, text=True, timeout=LONGEST_PART)
+        code, out, err = outcome_of(command, {**environment, **one}, LONGEST_PART)
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"took longer than {LONGEST_PART} s") from None
-    if done.returncode:
-        raise RuntimeError(common.last_line(done.stderr))
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    if code:
+        raise RuntimeError(common.last_line(err))
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def outcome_of(command: Sequence[str], environment: dict[str, str], seconds: float) -> tuple[int, str, str]:
+    """The exit code, stdout and stderr of a command. If it is given up, what it has started ends with it.
+
+    Otherwise its programs would go on beside the next part, and slow it down.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer.
+    """
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            out, err = process.communicate(timeout=seconds)
+        finally:
+            if process.poll() is None:
+                for each in (*psutil.Process(process.pid).children(recursive=True), process):
+                    each.kill()
+    return process.returncode, out, err
 
 
 def smoke(environment: dict[str, str]) -> dict[str, Any]:
@@ -190,7 +210,10 @@ def main() -> None:
         if not (gpus := torch.cuda.device_count()):
             parser.error("there is no CUDA device here; --rehearse (make gpu REHEARSE=1) runs everything on a CPU")
         plan, out = gpu_parts.FULL.with_models(arguments.model), arguments.out or REPORT
-    command = " ".join(["python benchmarks/gpu.py", *(word for word in sys.argv[1:] if not word.startswith("/"))])
+    # Without --out: the page holds no paths.
+    words = [*["--rehearse"] * arguments.rehearse, *(["--only", arguments.only] if arguments.only else [])]
+    words += ["--minutes", f"{arguments.minutes:g}", *(word for name in arguments.model for word in ("--model", name))]
+    command = " ".join(["python benchmarks/gpu.py", *words])
     reporter = Reporter(out, plan, lambda *work: in_own_process(plan, environment, *work), command, arguments.minutes)
     results = reporter.run(wanted, gpus)
     print(f"written: {out}")

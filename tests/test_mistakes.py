@@ -129,6 +129,7 @@ SCRIPTS = {
     "an export over a file": ("export.py RUN --to peft --out claims.yaml", "exists and is not empty; remove it"),
     "numbers of an adapter": ("export.py RUN --to peft --dtype bfloat16", "--dtype bfloat16: is for --to merged"),
     "rows of a card": ("export.py RUN --to hub-card --split test", "--split test: is for --to peft or merged"),
+    "parameters with a flag": ("params.py --foo", "--foo: params has no flags but --help; give KEY=VALUE"),
     "parameters of two at once": ("params.py tying=LoRA,TABuv", "tying=LoRA,TABuv: has several values"),
     "rows for nowhere": ("fetch_data.py task=squad", "data_root: has no value; give the folder to write to"),
     "rows of no data set": (

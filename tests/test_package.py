@@ -4,12 +4,15 @@ import json
 import sys
 import zipfile
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 import yaml
 from helpers import processes
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import tiedlora
 from tiedlora.places import CONF, PROJECT
@@ -28,6 +31,22 @@ model(torch.tensor([[1, 2]])).logits.sum().backward()
 attached.save_pretrained("adapter")
 print(tiedlora.__version__, tiedlora.__file__)
 """
+
+
+def test_the_constraints_name_every_package_that_an_installation_for_developers_has():
+    """Two installations have the same versions. What torch itself needs depends on its build, and is left out."""
+    lines = (PROJECT / "constraints.txt").read_text().splitlines()
+    pinned = {canonicalize_name(line.partition("==")[0]) for line in lines if "==" in line and line[0] != "#"}
+    needed, left = set(), [Requirement("tiedlora[dev]")]
+    while left:
+        package = left.pop()
+        for needs in map(Requirement, metadata.requires(package.name) or []):
+            name, extras = canonicalize_name(needs.name), ["", *package.extras]
+            is_here = needs.marker is None or any(needs.marker.evaluate({"extra": extra}) for extra in extras)
+            if is_here and name not in ("torch", "tiedlora") and (name, *sorted(needs.extras)) not in needed:
+                needed.add((name, *sorted(needs.extras)))
+                left.append(needs)
+    assert {name for name, *_ in needed} - pinned == set()
 
 
 def files_in(*folders: str) -> dict[str, Path]:

@@ -32,7 +32,7 @@ COMMANDS = {
 }
 """Name, which is that of the module in commands/ -> what it does, and the words of an example."""
 LOADS_MODELS = ("train", "generate", "score", "export", "verify")
-"""Commands that import torch and load a model."""
+"""Commands that always import torch and load a model. (`study` and `sweep` do so for some of their first words.)"""
 LEAST_ADDRESS_SPACE = 1_200_000 * 1024
 """Bytes. With less (`ulimit -v`), torch or another library ends the process while it is imported, without a message."""
 STOPS_AT_ONCE = ("train", "score", "study")

@@ -48,6 +48,18 @@ def test_one_with_the_name_of_another_is_refused_because_it_would_not_be_taken(o
         compose_config([])
 
 
+@pytest.mark.parametrize(
+    ("file", "option"),
+    [("tying/peft/vera", "tying=peft/vera"), ("tying/LoRA_l15", "tying=LoRA_l15"), ("grid/quick", "grid=quick")],
+)
+def test_so_is_one_with_the_name_of_an_option_that_is_no_file_of_conf(own, file, option):
+    path = own / f"{file}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("name: mine\n")
+    with pytest.raises(UserError, match=rf"conf/{file}\.yaml: {option} is an option of tiedlora; give"):
+        compose_config([])
+
+
 @pytest.mark.parametrize("flag", [["--config-dir", "options"], ["--config-dir=options", "--multirun"]])
 def test_so_is_one_of_a_folder_that_the_command_names(flag, tmp_path, monkeypatch, script):
     monkeypatch.chdir(tmp_path)

@@ -124,9 +124,16 @@ def test_programs_that_read_only_r_and_lora_alpha_get_the_same_update(family, na
         assert (config["r"], config["lora_alpha"]) == (RANK, ALPHA), "as PEFT's own LoRA"
 
 
-def test_merging_a_rounded_base_is_refused(tmp_path):
+def test_merging_a_rounded_base_is_refused_and_so_are_other_mistakes(tmp_path, ids):
     with pytest.raises(UserError, match="load it in float32"):
         to_merged(attach(family_model("llama").bfloat16(), "TABuv", RANK), None, tmp_path)
+    attached, _, adapted = random_adapter("llama", tying_option("TABuv"), ids)
+    with pytest.raises(UserError, match="dtype=bf16: choose 'float32' or 'bfloat16'"):
+        to_merged(attached, None, tmp_path, "bf16")
+    with pytest.raises(UserError, match=r"is of Attached; give a TiedAdapter \(attached\.adapter\)"):
+        to_peft(attached, tmp_path, "a/base")
+    assert torch.equal(logits(attached.model, ids), adapted)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_script_writes_every_form_with_a_card_and_a_task(tiny_config, finish, tmp_path, script, ids):

@@ -4,6 +4,7 @@ import copy
 import io
 import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tiedlora.config.identity import run_id
 from tiedlora.data.encoding import Encoder
 from tiedlora.places import CONF
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import run
+from tiedlora.runs import library, run
 
 
 def test_the_named_arms_are_the_options_of_conf():
@@ -67,6 +68,28 @@ class TestAdapters:
         with pytest.raises(UserError, match="family=gpt2"):
             adapters.use("a")
         assert adapters.active is None
+        with pytest.raises(UserError, match=r"'c' is of Attached; give a TiedAdapter \(attached\.adapter\)"):
+            adapters.add("c", attach(tiny("tiny_llama").model, "TAB", 4))
+
+    def test_a_specification_and_a_layout_may_be_plain_data(self, ids):
+        models = [tiny("tiny_llama").model for _ in range(2)]
+        spec, layout = tiedlora.named("TABuv"), tiedlora.Layout("model.layers", {"v": ["self_attn.v_proj"]})
+        spec.targets = ["v"]
+        outputs = []
+        for model, kind in zip(models, (lambda value: value, asdict), strict=True):
+            randomise(attach(model, kind(spec), 4, layout=kind(layout)).adapter)
+            outputs.append(logits(model, ids))
+        assert torch.equal(*outputs)
+        with pytest.raises(UserError, match=r"^tying\.AA: unknown key"):
+            attach(tiny("tiny_llama").model, {"AA": {}}, 4)
+
+    def test_the_values_of_another_sharing_are_refused(self, tmp_path):
+        attached = attach(tiny("tiny_llama").model, "TABuv", 4)
+        attached.save(tmp_path)
+        other = attach(tiny("tiny_llama").model, "LoRA", 4)
+        with pytest.raises(UserError, match="its parts have other names or shapes"):
+            other.load_values(str(tmp_path))
+        attached.load_values(str(tmp_path))
 
 
 class TestRuns:
@@ -81,9 +104,18 @@ class TestRuns:
         assert not torch.equal(logits(attached.model, ids), logits(model, ids))
         tiedlora.load(finished / "adapter", model)
         assert torch.equal(logits(attached.model, ids), logits(model, ids))
+        with pytest.raises(UserError, match="are those of a base model that load"):
+            tiedlora.load(finished, model, device="cuda")
         for path, dtype, says in (("adapter", None, "pass the base model"), ("", torch.half, "torch.float16: choose")):
             with pytest.raises(UserError, match=says):
                 tiedlora.load(finished / path, dtype=dtype)
+
+    def test_the_cache_of_the_environment_is_taken_before_the_runs_own(self, finished, monkeypatch):
+        monkeypatch.setattr(library, "load_base", lambda *arguments: arguments[-1])
+        of_run = library.base_of(finished)
+        monkeypatch.setenv("TIEDLORA_CACHE", "/elsewhere")
+        assert [str(library.base_of(finished, cache=cache)) for cache in (None, "/here")] == ["/elsewhere", "/here"]
+        assert of_run == Path(library.config_of(finished).cache)
 
     def test_training_goes_on_from_a_saved_adapter(self, finished, tiny_config, tmp_path):
         """A TABuv_b0 run can start from a TAB adapter: u and v start at one."""

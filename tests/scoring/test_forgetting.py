@@ -119,8 +119,9 @@ def test_a_run_records_it_and_a_finished_one_gets_it(tiny_config, text, script, 
     # Another text replaces it; verification needs neither file.
     (tmp_path / "other.txt").write_text("Another text. " * 30)
     before = snapshot(folder.path)
-    code, _, err = script("scripts/score.py", folder.path, "--forgetting", tmp_path / "other.txt")
-    assert code == 0, err
+    for again in ([], ["--again"]):
+        code, _, err = script("scripts/score.py", folder.path, "--forgetting", tmp_path / "other.txt", *again)
+        assert code == 0, err
     text.unlink()
     after = snapshot(folder.path)
     assert {name for name in {**before, **after} if before.get(name) != after.get(name)} == {

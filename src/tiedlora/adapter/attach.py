@@ -10,7 +10,7 @@ themselves have no hooks. Each hook would be a separate object, so torch.compile
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -31,6 +31,7 @@ from tiedlora.adapter.parts import ParameterGroup, TiedAdapter
 from tiedlora.description import BaseModelRecord
 from tiedlora.errors import UserError
 from tiedlora.families import layout_of
+from tiedlora.keys import from_person
 from tiedlora.other_methods import FULL, REGISTERED
 from tiedlora.tying import FACTORS, Layout, LrFactors, Tying, named, part_of
 
@@ -247,14 +248,16 @@ class Attached(Arm):
 
     save_pretrained = save
 
-    def load_values(self, folder: Path) -> None:
+    def load_values(self, folder: Path | str) -> None:
         """Take the values of another adapter of the same specification from its folder.
 
         Raises:
-            UserError: the folder holds no adapter, or a damaged one.
+            UserError: the folder holds no adapter, a damaged one, or one of another specification.
         """
-        saved = files.load(folder)[0].parts()
-        for name, parameter in self.adapter.parts().items():
+        saved, own = files.load(Path(folder))[0].parts(), self.adapter.parts()
+        if _shapes(saved) != _shapes(own):
+            raise UserError(f"{folder}: its parts have other names or shapes than those of this adapter")
+        for name, parameter in own.items():
             parameter.data.copy_(saved[name])
 
     @contextmanager
@@ -334,31 +337,42 @@ class Attached(Arm):
         self._base_weights.clear()
 
 
+def _shapes(parts: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The name of each part -> its shape."""
+    return {name: tuple(part.shape) for name, part in parts.items()}
+
+
 def attach(
     model: nn.Module,
-    tying: Tying | str,
+    tying: Tying | str | Mapping[str, Any],
     rank: int = 8,
     alpha: float | None = None,
     *,
     seed: int = 0,
-    layout: Layout | None = None,
+    layout: Layout | Mapping[str, Any] | None = None,
     scaling: str = "standard",
 ) -> Attached:
     """Attach a new adapter to `model` and freeze the base. The update is exactly zero until the adapter is trained.
 
     Args:
         model: a causal language model of transformers, of a family in families.FAMILIES.
-        tying: a specification, or a name that tying.named knows ("LoRA", "TABuv", "LoRA_l15", ...).
+        tying: a specification, its fields, or a name that tying.named knows ("LoRA", "TABuv", "LoRA_l15", ...).
         alpha: gives the update's scale (see `scaling`); None means `rank`.
         seed: the seed of the random parts.
-        layout: where the model keeps its projections, for a family that is not in families.FAMILIES.
+        layout: where the model keeps its projections, or the fields of this, for a family that is not in
+            families.FAMILIES.
         scaling: standard (the scale is alpha / rank) or rslora (alpha / sqrt(rank)).
 
     Raises:
         UserError: the model is no causal language model, the family or a target is unknown, the specification cannot
             train, or the model is sharded or has an adapter already.
     """
-    tying = named(tying) if isinstance(tying, str) else tying
+    if isinstance(tying, str):
+        tying = named(tying)
+    elif isinstance(tying, Mapping):
+        tying = from_person(Tying, tying, prefix="tying.")
+    if isinstance(layout, Mapping):
+        layout = from_person(Layout, layout, prefix="layout.")
     alpha = rank if alpha is None else alpha
     architecture = architectures.read(model, layout)
     return attach_adapter(model, TiedAdapter(tying, rank, alpha, architecture, seed=seed, scaling=scaling))
@@ -470,8 +484,10 @@ class AdapterSet:
         """Keep an adapter under a name. `use` makes it active.
 
         Raises:
-            UserError: another adapter has the name.
+            UserError: another adapter has the name, or it is none of this project.
         """
+        if not isinstance(adapter, TiedAdapter):
+            raise UserError(f"adapters: '{name}' is of {type(adapter).__name__}; give a TiedAdapter (attached.adapter)")
         if name in self._adapters:
             raise UserError(f"adapters: '{name}' is taken; remove it first, or choose another name")
         self._adapters[name] = adapter

@@ -28,7 +28,9 @@ def main(words: list[str]) -> None:
         "--split", choices=SCORED_SPLITS, help="whose rows the lm-eval task asks; default: the first that is scored"
     )
     parser.add_argument(
-        "--cache", type=filled("--cache", str), help="where converted models are; default: where the run kept them"
+        "--cache",
+        type=filled("--cache", str),
+        help="where converted models are; default: TIEDLORA_CACHE, or where the run kept them",
     )
     arguments = parser.parse_args(words)
     if arguments.dtype and arguments.to != "merged":

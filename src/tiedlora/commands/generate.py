@@ -20,7 +20,6 @@ from tiedlora.commands.parser import Parser, filled
 from tiedlora.config.identity import adapter_folder
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
-from tiedlora.places import folder_of
 from tiedlora.tasks.base import fields_of, render
 from tiedlora.tasks.rows import DataRow
 from tiedlora.text import visible, visible_lines
@@ -43,8 +42,7 @@ def main(words: list[str]) -> None:
     parser.add_argument(
         "--cache",
         type=filled("--cache", str),
-        default=folder_of("TIEDLORA_CACHE"),
-        help="default: where the run kept it",
+        help="default: TIEDLORA_CACHE, or where the run kept it",
     )
     arguments = parser.parse_args(words)
     if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:

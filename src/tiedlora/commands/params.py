@@ -38,6 +38,8 @@ def main(overrides: list[str]) -> None:
     if {"-h", "--help"} & set(overrides):
         print(as_called(str(__doc__)))
         return
+    if flag := next((word for word in overrides if word.startswith("-")), None):
+        raise UserError(f"{flag:.80}: params has no flags but --help; give KEY=VALUE, such as rank=r8")
     overrides = own_model.with_option(overrides)
     if not any(override.startswith("model=") for override in overrides):
         overrides = ["model=llama2_7b", *overrides]

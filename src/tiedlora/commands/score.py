@@ -11,7 +11,6 @@ from pathlib import Path
 
 from tiedlora.commands.parser import Parser, filled
 from tiedlora.config import compose
-from tiedlora.places import folder_of
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.scores import read_run_scores
 from tiedlora.records.summary import terminal_lines
@@ -35,8 +34,7 @@ def main(words: list[str]) -> None:
     parser.add_argument(
         "--cache",
         type=filled("--cache", str),
-        default=folder_of("TIEDLORA_CACHE"),
-        help="default: where the run kept it",
+        help="default: TIEDLORA_CACHE, or where the run kept it",
     )
     parser.add_argument("--again", action="store_true", help="score again, and replace the files")
     arguments = parser.parse_args(words)
@@ -44,9 +42,9 @@ def main(words: list[str]) -> None:
     folder = RunFolder(arguments.run.absolute())
     record = folder.finished_record()
     config = compose.read_finished_config(folder.config_file, record.config.tree)
-    config.outputs, config.cache = str(folder.path.parent), arguments.cache or config.cache
+    config.outputs, config.cache = str(folder.path.parent), compose.cache_is_in(config, arguments.cache)
     task = load_task(config.task)
-    is_alone = arguments.forgetting and not (arguments.metrics or arguments.drift or arguments.again)
+    is_alone = arguments.forgetting and not (arguments.metrics or arguments.drift)
     split = arguments.split or (None if is_alone else "test")
     score = replace(
         config.score,

@@ -10,7 +10,6 @@ from pathlib import Path
 from tiedlora import errors
 from tiedlora.commands.parser import Parser, filled
 from tiedlora.errors import UserError
-from tiedlora.places import folder_of
 from tiedlora.tracking.progress import show_log
 
 
@@ -24,7 +23,7 @@ def main(words: list[str]) -> None:
     )
     parser.add_argument("--rows", type=int, default=32, help="rows of each file to score again, at least; 0: none")
     parser.add_argument(
-        "--cache", type=filled("--cache", Path), default=folder_of("TIEDLORA_CACHE"), help="as cache= of train.py"
+        "--cache", type=filled("--cache", Path), help="default: TIEDLORA_CACHE, or where the run kept it"
     )
     arguments = parser.parse_args(words)
     if arguments.rows < 0:

@@ -111,6 +111,16 @@ def check_device(key: str, name: str) -> None:
         raise UserError(f"{key}={name}: choose auto, cpu, cuda or cuda:NUMBER (mps and xpu were never tried)")
 
 
+def check_dtype(name: str) -> None:
+    """Refuse a dtype in which no base model is loaded or written.
+
+    Raises:
+        UserError: it is neither float32 nor bfloat16.
+    """
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"dtype={name!s:.40}: choose 'float32' or 'bfloat16'")
+
+
 def _check_training(config: Config) -> None:
     train: TrainConfig = config.train
     trained = tying.trained_parts(config.tying)

@@ -90,12 +90,16 @@ def register() -> None:
     for option, node in peft_options().items():
         group, _, name = f"tying/{option}".rpartition("/")
         store.store(group=group, name=name, node=node)
-    for count in range(1, MOST_LAYERS_IN_NAME + 1):
-        name = f"LoRA_l{count}"
+    for name, count in lora_on_layers().items():
         node = {"defaults": ["LoRA", "_self_"], "name": name, "layers": [f"evenly {count}"]}
         store.store(group="tying", name=name, node=node)
     _register_resolver("default_folder", lambda kind: str(default_folder(kind)), replace=True)
     _register_resolver("option_folders", option_folders, replace=True)
+
+
+def lora_on_layers() -> dict[str, int]:
+    """The options `tying=LoRA_lN` -> their numbers of layers."""
+    return {f"LoRA_l{count}": count for count in range(1, MOST_LAYERS_IN_NAME + 1)}
 
 
 def option_folders() -> list[str]:
@@ -117,10 +121,14 @@ def check_names(own: Path) -> None:
     Raises:
         UserError: it has one with other values.
     """
+    stored = {f"tying/{option}.yaml" for option in (*peft_options(), *lora_on_layers())}
     for file in sorted(own.glob("*/**/*.yaml")):
         name = file.relative_to(own)
-        if (other := CONF / name).is_file() and other.read_bytes() != file.read_bytes():
-            raise UserError(f"{file}: {name.parent}={name.stem} is an option of tiedlora; give this one another name")
+        others = [folder / name for folder in (CONF, DATA / "sweeps") if (folder / name).is_file()]
+        if str(name) in stored or any(other.read_bytes() != file.read_bytes() for other in others):
+            # As on the command line, where the option peft/vera of the group tying is tying=peft/vera.
+            group, *option = name.with_suffix("").parts
+            raise UserError(f"{file}: {group}={'/'.join(option)} is an option of tiedlora; give this one another name")
 
 
 def load(composed: DictConfig | dict[str, Any]) -> Config:
@@ -369,6 +377,11 @@ def compared_keys(config: Config, recorded: dict[str, Any]) -> dict[str, tuple[A
 def as_recorded(tree: Any) -> Any:
     """The tree after a JSON round trip, so that it can be compared with one that was read from a record."""
     return json.loads(json.dumps(tree))
+
+
+def cache_is_in(config: Config, given: Path | str | None) -> str:
+    """The folder of converted models for a finished run: the one that is given, TIEDLORA_CACHE, or the run's own."""
+    return str(given or folder_of("TIEDLORA_CACHE") or config.cache)
 
 
 def rows_are_in(config: Config, given: str | None) -> str | None:

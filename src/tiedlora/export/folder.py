@@ -28,6 +28,7 @@ from tiedlora.adapter.attach import attach_saved
 from tiedlora.adapter.files import TENSORS, write_tensors
 from tiedlora.adapter.parts import TiedAdapter
 from tiedlora.config import compose
+from tiedlora.config.check import check_dtype
 from tiedlora.config.embedded import EMBEDDED, EmbeddedModel
 from tiedlora.config.identity import identity
 from tiedlora.config.schema import Config, ModelConfig, TaskConfig
@@ -135,7 +136,7 @@ def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path,
             "and merging would lose the update; use --to peft or --to hub-card, which keep the adapter apart"
         )
     whole = replace(config.model, device_map=None)
-    base = load_base(whole, "float32", resolve_device("cpu"), Path(options.cache or config.cache))
+    base = load_base(whole, "float32", resolve_device("cpu"), Path(compose.cache_is_in(config, options.cache)))
     to_merged(attach_saved(base.model, run.adapter, base.record), base.tokenizer, out, options.dtype)
 
 
@@ -277,7 +278,12 @@ def to_peft(adapter: TiedAdapter, folder: Path | str, base: str, revision: str |
     Args:
         base: the name of the base model, for programs that load it themselves. A path would be one of this machine.
         revision: the revision of the base model on the hub.
+
+    Raises:
+        UserError: `adapter` is none of this project.
     """
+    if not isinstance(adapter, TiedAdapter):
+        raise UserError(f"to_peft: the adapter is of {type(adapter).__name__}; give a TiedAdapter (attached.adapter)")
     layout, tensors, in_layer = layout_of(adapter.architecture), {}, set()
     pairs, rank, alpha = adapter.pairs(), adapter.rank, adapter.alpha
     # Several targets of one fused module, and several terms, are stacked, so that a module has another rank. PEFT reads
@@ -325,19 +331,22 @@ def to_peft(adapter: TiedAdapter, folder: Path | str, base: str, revision: str |
 
 
 def to_merged(attached: arms.Arm, tokenizer: Any, folder: Path | str, dtype: str = "float32") -> None:
-    """Write the base model with the update in its weights. `AutoModelForCausalLM` loads it. `attached` stays merged.
+    """Write the base model with the update in its weights. `AutoModelForCausalLM` loads it.
 
-    The sum is computed in float32. A narrower `dtype` rounds it: bfloat16 keeps 8 bits of a weight, so an update
-    below 1/256 of its weight is mostly lost, and the outputs change.
+    The model keeps the update in its weights, has no adapter afterwards, and has become `dtype`. The sum is
+    computed in float32. A narrower `dtype` rounds it: bfloat16 keeps 8 bits of a weight, so an update below 1/256 of
+    its weight is mostly lost, and the outputs change.
 
     Args:
         attached: an adapter on a float32 model.
+        dtype: float32 or bfloat16.
         tokenizer: is saved in the same folder; None saves no tokenizer.
 
     Raises:
-        UserError: the model is not float32.
+        UserError: the model is not float32, or `dtype` is another one. The model is then as it was.
     """
     model: Any = attached.model
+    check_dtype(dtype)
     if model.dtype != torch.float32:
         raise UserError(f"export: the base model is {model.dtype}; load it in float32, so that merging does not round")
     attached.fuse()

@@ -9,7 +9,7 @@ from typing import Any
 from tiedlora.adapter.arms import Arm
 from tiedlora.adapter.attach import attach_saved
 from tiedlora.config import compose
-from tiedlora.config.check import check_device
+from tiedlora.config.check import check_device, check_dtype
 from tiedlora.config.identity import adapter_folder
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
@@ -39,19 +39,24 @@ def base_of(run: Path | str, dtype: str | None = None, device: str = "cpu", cach
     Args:
         dtype: float32 or bfloat16; None takes the run's own.
         device: as train.device.
-        cache: the folder of converted models; None takes the run's own.
+        cache: the folder of converted models; None takes TIEDLORA_CACHE, or else the run's own.
 
     Raises:
         UserError: the folder is not a run's, or its base model cannot be loaded here.
     """
     config = config_of(run)
     check_device("device", device)
-    if dtype not in (None, "float32", "bfloat16"):
-        raise UserError(f"dtype={dtype!s:.40}: choose 'float32' or 'bfloat16'")
-    return load_base(config.model, dtype or config.train.dtype, resolve_device(device), Path(cache or config.cache))
+    if dtype is not None:
+        check_dtype(dtype)
+    return load_base(
+        config.model,
+        dtype or config.train.dtype,
+        resolve_device(device),
+        Path(compose.cache_is_in(config, cache)),
+    )
 
 
-def load(source: Path | str, model: Any = None, *, dtype: str | None = None, device: str = "cpu") -> Arm:
+def load(source: Path | str, model: Any = None, *, dtype: str | None = None, device: str | None = None) -> Arm:
     """Load a saved adapter and attach it to its base model.
 
     Args:
@@ -60,14 +65,19 @@ def load(source: Path | str, model: Any = None, *, dtype: str | None = None, dev
             model of transformers has no record that could be compared. None loads the one that the run was trained on
             (`source` must then be a run).
         dtype: the dtype of the base model that is loaded; None takes the run's own.
-        device: where this model is loaded; as train.device.
+        device: where this model is loaded, as train.device; None is the CPU.
 
     Returns:
         The adapter on the model. `.model` is ready to use; `.detach()` restores the base.
 
     Raises:
-        UserError: there is no adapter, a file is damaged, or the base model is not the one that it was trained on.
+        UserError: there is no adapter, a file is damaged, the base model is not the one that it was trained on, or
+            `dtype` or `device` is given beside a model.
     """
     folder = adapter_folder(source)
-    base = base_of(source, dtype, device) if model is None else model
+    if model is not None and (dtype, device) != (None, None):
+        raise UserError(
+            "dtype and device: are those of a base model that load() loads; the one that is given stays as it is"
+        )
+    base = base_of(source, dtype, device or "cpu") if model is None else model
     return attach_saved(base.model, folder, base.record) if isinstance(base, BaseModel) else attach_saved(base, folder)

@@ -47,7 +47,7 @@ def verify(path: Path, *, data_root: str | None = None, rows: int = 32, cache: P
     Args:
         data_root: the folder of the rows, as for train.py; None takes the run's own, or that of TIEDLORA_DATA.
         rows: at least so many rows of each file of scores are scored again, in whole batches; 0 scores none.
-        cache: the folder of converted models; None takes the run's own.
+        cache: the folder of converted models; None takes TIEDLORA_CACHE, or else the run's own.
 
     Raises:
         UserError: the folder holds no finished run, or no readable configuration.
@@ -57,7 +57,7 @@ def verify(path: Path, *, data_root: str | None = None, rows: int = 32, cache: P
     config = compose.read_config(folder.config_file)
     # A run that was moved here names a folder of another machine.
     config.data_root = compose.rows_are_in(config, data_root)
-    config.cache = str(cache or config.cache)
+    config.cache = compose.cache_is_in(config, cache)
     run = CheckedRun(folder, record, leaves(storage.read_json(folder.result_file)), config, load_task(config.task))
     checks: dict[str, Callable[[CheckedRun], Iterator[Finding]]] = {
         "configuration": _check_configuration,
