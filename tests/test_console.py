@@ -92,7 +92,7 @@ def test_help_and_messages_name_commands_as_this_one_was_called(called, script, 
     errors = [called("report", "study")[2], script("scripts/report.py", "study")[2]]
     for text, usage, other in zip(helps, ("tiedlora verify", "verify.py"), ("tiedlora train", "train.py"), strict=True):
         assert text.startswith(f"usage: {usage} [-h]")
-        assert f"as cache= of {other}" in text
+        assert f"as data_root= of {other}" in " ".join(text.split())
     assert "; tiedlora study run study makes them" in errors[0]
     assert "; scripts/study.py run study makes them" in errors[1]
 
