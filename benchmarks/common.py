@@ -58,19 +58,6 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "WANDB_MODE": "disabled", **more}
 
 
-def peak_memory() -> int:
-    """The process's largest resident size, in bytes."""
-    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert match is not None
-    return int(match[1]) * 1024
-
-
-def restart_peak() -> int:
-    """Start `peak_memory` again from the present size of the process, and return this size in bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_memory()
-
-
 def measure(script: str, *arguments: str, threads: int | None = None) -> dict[str, Any]:
     """One measurement in its own process: the last line that `script --child ARGUMENTS` prints, parsed as JSON.
 

@@ -178,17 +178,13 @@ def config_of(plan: Plan, model: str, *overrides: str) -> Config:
 
 def training(plan: Plan, model: str, variant: str) -> dict[str, Any]:
     """The speed of our loop, its share of the arithmetic's bound, and its memory beside the forecast."""
-    import contextlib
-
     import harness
 
     from tiedlora.data.batching import BatchSampler
     from tiedlora.models.arithmetic import training_bytes, training_flop
-    from tiedlora.models.device import only_deterministic_algorithms
 
     config = config_of(plan, model, "tying=TABuv", *VARIANTS[variant])
-    algorithms = only_deterministic_algorithms() if config.train.deterministic else contextlib.nullcontext()
-    with tempfile.TemporaryDirectory() as folder, algorithms:
+    with tempfile.TemporaryDirectory() as folder:
         trained = harness.train(config, Path(folder))
         figures = speed_in(Path(folder), plan)
     rows = trained.loaded.rows["train"].encoded

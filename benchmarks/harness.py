@@ -8,25 +8,22 @@ import torch
 
 from tiedlora.config.schema import Config
 from tiedlora.data.encoding import Encoded, Encoder, encode_rows
-from tiedlora.models import products
 from tiedlora.models.base_model import BaseModel
 from tiedlora.models.device import resolve_device
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs.inputs import read_rows
-from tiedlora.runs.loading import cached_base, load
+from tiedlora.runs.loading import cached_base, computing_as, load
 from tiedlora.runs.trainer import Training, begin
 from tiedlora.tasks import Example
 from tiedlora.training.distributed import ALONE
-from tiedlora.training.loss import chunks_within
 from tiedlora.training.signals import StopSignal
 
 
 def train(config: Config, folder: Path) -> Training:
     """Train as in train.py, without scoring. `folder` becomes the run's folder."""
-    loaded = load(config, ALONE)
-    on_device = products.on_any_cpu(loaded.device, config.train.dtype)
-    with StopSignal() as stop, on_device, chunks_within(config.train.loss_memory_mb):
-        training = begin(config, loaded, RunFolder(folder), folder / "checkpoint")
+    device = resolve_device(config.train.device)
+    with StopSignal() as stop, computing_as(config.train, device):
+        training = begin(config, load(config, ALONE), RunFolder(folder), folder / "checkpoint")
         training.train(stop)
     return training
 

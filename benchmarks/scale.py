@@ -37,6 +37,7 @@ def child(sizes_json: str) -> None:
     from tiedlora.data.batching import collate
     from tiedlora.data.encoding import Encoded
     from tiedlora.models import attention
+    from tiedlora.models import device as devices
     from tiedlora.training.loss import target_loss
 
     sizes = json.loads(sizes_json)
@@ -71,9 +72,11 @@ def child(sizes_json: str) -> None:
 
     # A first step of a tiny batch loads the kernels. Then the peak of memory is reset.
     target_loss(model, collate([Encoded((1, 2), (3, 4))], 0)).backward()
-    before = common.restart_peak()
+    devices.restart_peak_memory(devices.CPU)
+    before = devices.peak_memory_bytes(devices.CPU)
     times = [step() for _ in range(4)]
-    print(json.dumps({"seconds": statistics.median(times[1:]), "memory": common.peak_memory() - before}))
+    added = devices.peak_memory_bytes(devices.CPU) - before
+    print(json.dumps({"seconds": statistics.median(times[1:]), "memory": added}))
 
 
 def main() -> None:

@@ -8,13 +8,9 @@ each measurement runs in its own process, ours and theirs alternately, with GSM8
 8. Tokens are counted without padding, and the first two steps are not timed. Trainer has its default order or, as
 "grouped", exactly the batches of our length buckets (whose rows are more similar than those of its group_by_length).
 
-The share of the machine's matrix-product rate needs the model's arithmetic. A token uses each weight of the blocks
-twice (forward, and backward for the activations; frozen weights need no third product). A target token also uses the
-output head twice. Each pair of a token and a token that it attends to (itself and earlier tokens) takes part in two
-products of attention forward and four backward. This gives 4 x (block weights x tokens + head weights x target tokens)
-+ 12 x layers x heads x head size x pairs FLOP. The products of the adapter, padding, and pairs that the mask hides are
-left out. The rate is measured after every step of a separate run, because it changes from one second to the next. The
-time of these measurements is subtracted.
+The share of the machine's matrix-product rate needs the model's arithmetic: tiedlora.models.arithmetic.training_flop.
+It leaves out the products of the adapter, padding, and pairs that the mask hides. The rate is measured after every step
+of a separate run, because it changes from one second to the next. The time of these measurements is subtracted.
 """
 
 from __future__ import annotations
@@ -36,8 +32,6 @@ THEIRS = ("peft:float32:plain", "peft:bfloat16:plain", "peft:bfloat16:grouped", 
 OURS, SHARE = "ours:bfloat16:TABuv", "share:bfloat16:TABuv"
 SETTINGS = (f"train.microbatch_tokens={common.PASS_TOKENS}", "train.compile=always")
 """The overrides of our timed runs."""
-TARGETS = dict(zip(THEIRS[:3], (2.6, 1.7, 1.25), strict=True))
-"""The targets: how many times as fast as each of theirs ours should be. TiedLoraConfig in Trainer has none."""
 
 
 def ours(dtype: str, tying: str, steps: int, *overrides: str) -> dict[str, Any]:
@@ -46,6 +40,8 @@ def ours(dtype: str, tying: str, steps: int, *overrides: str) -> dict[str, Any]:
     import harness
 
     from tiedlora.data.batching import BatchSampler
+    from tiedlora.models.arithmetic import training_flop
+    from tiedlora.models.device import peak_memory_bytes
     from tiedlora.records.rows import read_metrics
 
     config = common.config(
@@ -64,16 +60,16 @@ def ours(dtype: str, tying: str, steps: int, *overrides: str) -> dict[str, Any]:
     first_timed, last = rows[SKIPPED - 1], rows[-1]
     encoded = trained.loaded.rows["train"].encoded
     sampler = BatchSampler([len(row) for row in encoded], config.train, config.seed)
-    lengths = [len(encoded[number]) for step in range(SKIPPED + 1, steps + 1) for number in sampler.rows_of_step(step)]
+    timed = [encoded[number] for step in range(SKIPPED + 1, steps + 1) for number in sampler.rows_of_step(step)]
     tokens = last["train/tokens"] - first_timed["train/tokens"]
-    assert tokens == sum(lengths)
+    assert tokens == sum(map(len, timed))
+    a = config.model.architecture
     return {
         "losses": [values["train/loss"] for values in rows],
         "tokens": tokens,
         "seconds": last["train/seconds"] - first_timed["train/seconds"],
-        "target_share": trained.state.target_tokens / trained.state.tokens,
-        "pairs": sum(length * (length + 1) // 2 for length in lengths),
-        "peak": common.peak_memory(),
+        "flop": sum(training_flop(a, len(row), len(row.target)) for row in timed),
+        "peak": peak_memory_bytes(trained.loaded.device),
     }
 
 
@@ -89,15 +85,6 @@ def tied(dtype: str, order: str, steps: int, *overrides: str) -> dict[str, Any]:
     import baseline
 
     return baseline.train(dtype, order, steps, SKIPPED, *overrides, method="tied").figures()
-
-
-def arithmetic(run: dict[str, Any], *overrides: str) -> float:
-    """The FLOP of a run's timed steps. The formula is in the docstring of this file."""
-    from tiedlora.models.arithmetic import block_weights
-
-    a = common.config(*overrides).model.architecture
-    weights = 4 * run["tokens"] * (block_weights(a) + a.vocabulary * a.hidden * run["target_share"])
-    return float(weights + 12 * a.layers * a.heads * a.head_dim * run["pairs"])
 
 
 class RateMeter:
@@ -135,7 +122,7 @@ def share(dtype: str, tying: str, steps: int, *overrides: str) -> dict[str, Any]
     run = ours(dtype, tying, steps, *overrides)
     possible = meter.possible_flop(range(SKIPPED, steps))
     rate = statistics.median(meter.rates[SKIPPED:])
-    return {"share": arithmetic(run, *overrides) / possible, "rate": rate, "shape": shape}
+    return {"share": run["flop"] / possible, "rate": rate, "shape": shape}
 
 
 def child(what: str, steps: str, *overrides: str) -> None:
@@ -197,9 +184,7 @@ def _speed(run: dict[str, Any]) -> float:
     return float(run["tokens"] / run["seconds"])
 
 
-def print_comparison(
-    runs: dict[str, list[dict[str, Any]]], shares: list[dict[str, Any]], targets: dict[str, float]
-) -> None:
+def print_comparison(runs: dict[str, list[dict[str, Any]]], shares: list[dict[str, Any]]) -> None:
     rows = []
     our_peak = statistics.median(run["peak"] for run in runs[OURS])
     for name, measured in runs.items():
@@ -215,8 +200,6 @@ def print_comparison(
         f"matrix products, bfloat16, ({tokens}, {hidden}) @ ({hidden}, {width}): {rate / 1e9:.0f} GFLOP/s; "
         f"ours computes at {common.spread([measured['share'] for measured in shares])} of it"
     )
-    for name, speedup in targets.items():
-        print(f"target against {name}: {speedup}x")
 
 
 def main() -> None:
@@ -234,7 +217,7 @@ def main() -> None:
         return profile(arguments.steps, model)
     worst = check(model)
     runs, shares = compare(arguments.steps, arguments.alternations, model)
-    print_comparison(runs, shares, TARGETS if arguments.model == common.MODEL else {})
+    print_comparison(runs, shares)
     common.write(arguments.json, {"worst": [worst], "runs": runs, "shares": shares})
 
 

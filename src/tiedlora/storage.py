@@ -22,7 +22,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from io import BufferedReader
+from io import BufferedIOBase, BufferedReader
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -198,21 +198,14 @@ def write_compressed(path: Path, data: bytes) -> None:
 
 def read_content(path: Path) -> bytes:
     """The content of a file, or that of path.gz if only this is there."""
-    beside = _compressed(path)
-    return _decompressed(beside) if beside.exists() and not path.exists() else read_bytes(path)
+    with _opened(path) as content:
+        return content.read()
 
 
 def first_line(path: Path) -> bytes:
     """The first line of a file, or of path.gz if only this is there. The rest is not read."""
-    beside = _compressed(path)
-    if path.exists() or not beside.exists():
-        with _regular(path) as file:
-            return file.readline()
-    try:
-        with _regular(beside) as file, gzip.open(file) as content:
-            return content.readline()
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{beside}: is not a readable gzip file ({error})") from None
+    with _opened(path) as content:
+        return content.readline()
 
 
 def is_here(path: Path) -> bool:
@@ -224,11 +217,21 @@ def _compressed(path: Path) -> Path:
     return path.with_name(f"{path.name}.gz")
 
 
-def _decompressed(path: Path) -> bytes:
-    try:
-        return gzip.decompress(read_bytes(path))
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: is not a readable gzip file ({error})") from None
+@contextmanager
+def _opened(path: Path) -> Iterator[BufferedIOBase]:
+    """The content of a file, or that of path.gz if only this is there."""
+    beside = _compressed(path)
+    if path.exists() or not beside.exists():
+        with _regular(path) as file:
+            yield file
+        return
+    # BadGzipFile is an OSError, so it must not reach `_regular`.
+    with _regular(beside) as file:
+        try:
+            with gzip.open(file) as content:
+                yield content
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(f"{beside}: is not a readable gzip file ({error})") from None
 
 
 @contextmanager

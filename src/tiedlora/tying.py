@@ -364,6 +364,8 @@ PARTS: dict[str, PartTraits] = {
 """The parts of an adapter by name. `Tying` has an attribute of the same name, which says how the part is trained."""
 FACTORS = tuple(name for name, traits in PARTS.items() if traits.is_shared)
 """The parts that layers can share."""
+DECIDING_KEYS = (*PARTS, "targets", "dropout", "layers", "terms")
+"""The keys of `Tying` that decide which adapter is trained. Its name does not."""
 
 
 def part_of(parameter_name: str) -> str:
@@ -461,7 +463,7 @@ def _meanings() -> list[tuple[str, list[Any]]]:
 
 def _meaning(tying: Tying) -> list[Any]:
     """The values of a specification that decide what is trained."""
-    return [getattr(tying, name) for name in (*PARTS, "targets", "dropout", "layers", "terms")]
+    return [getattr(tying, name) for name in DECIDING_KEYS]
 
 
 def check_tying(tying: Tying, rank: int, architecture: Architecture) -> None:

@@ -29,3 +29,9 @@ def test_a_damaged_file_is_one_line(tmp_path, data):
     (tmp_path / "rows.jsonl.gz").write_bytes(data)
     with pytest.raises(UserError, match=r"rows\.jsonl\.gz: is not a readable gzip file"):
         storage.read_content(tmp_path / "rows.jsonl")
+
+
+def test_a_first_line_of_another_format_is_one_line(tmp_path):
+    (tmp_path / "rows.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(UserError, match=r"rows\.jsonl\.gz: is not a readable gzip file"):
+        storage.first_line(tmp_path / "rows.jsonl")

@@ -27,7 +27,7 @@ from tiedlora.records import study_files
 from tiedlora.records.interval import Unit
 from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, is_loss, mean_per_token
 from tiedlora.records.rows import PredictionRow, ValidationLosses, read_metrics, read_validation_losses
-from tiedlora.records.run_folder import DIVERGED, RunFolder, RunName, last_line
+from tiedlora.records.run_folder import RunFolder, RunName, last_line
 from tiedlora.records.run_record import RunRecord, read_record
 from tiedlora.records.scores import Kind, RunScores, kind_of, read_run_scores, read_scores
 from tiedlora.records.selection import LOSS, SELECTION_FILE, Selection, read_selection
@@ -303,7 +303,7 @@ def _unfinished(folder: RunFolder) -> UnfinishedRun | None:
         seed=config.seed,
         lr=math.nan if config.train.lr is None else config.train.lr,
         ending="failed" if error else "pruned" if last_line(folder.pruned_file) else "",
-        diverged=error.startswith(DIVERGED),
+        diverged=folder.diverged(),
         loss=losses[-1] if losses else None,
     )
 

@@ -42,7 +42,7 @@ def main(words: list[str]) -> None:
     folder = RunFolder(arguments.run.absolute())
     record = folder.finished_record()
     config = compose.read_finished_config(folder.config_file, record.config.tree)
-    config.outputs, config.cache = str(folder.path.parent), compose.cache_is_in(config, arguments.cache)
+    config.cache = compose.cache_is_in(config, arguments.cache)
     task = load_task(config.task)
     is_alone = arguments.forgetting and not (arguments.metrics or arguments.drift)
     split = arguments.split or (None if is_alone else "test")

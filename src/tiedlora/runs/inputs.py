@@ -1,4 +1,4 @@
-"""The inputs of a run, without torch: the rows of train and validation, and the digest of the base model.
+"""The inputs of a run: the rows of train and validation, and the digests of rows and base model.
 
 Consecutive runs of one process use the same rows, token ids and base model, so a process keeps the last of each.
 """

@@ -34,9 +34,8 @@ from tiedlora.scoring.passages import as_passages
 from tiedlora.tasks import Example, digest, load_examples, load_task
 from tiedlora.tasks.rows import ChangedRows
 from tiedlora.text import visible
+from tiedlora.tying import DECIDING_KEYS
 
-TYING_KEYS = (*tying.PARTS, "targets", "dropout", "layers", "terms")
-"""What of `tying` decides the adapter; the name does not."""
 LOSS_TOLERANCE = 1e-6
 """Between a validation loss in metrics.jsonl and the losses of its rows: early versions added up in float32."""
 
@@ -172,7 +171,7 @@ def _check_adapter(run: CheckedRun) -> Iterator[Finding]:
         "its architecture": (saved.architecture, architecture),
     }
     if isinstance(saved, TiedAdapter):
-        values |= {f"its {key}": (getattr(saved.tying, key), getattr(config.tying, key)) for key in TYING_KEYS}
+        values |= {f"its {key}": (getattr(saved.tying, key), getattr(config.tying, key)) for key in DECIDING_KEYS}
         values |= {f"its {key}": (getattr(saved, key), getattr(config.rank, key)) for key in ("alpha", "scaling")}
         values["its rank"] = saved.rank, config.rank.r
     else:

@@ -246,7 +246,7 @@ class Scorer:
 
     def answers(self, model: Any, examples: Sequence[Example], title: str) -> Rows:
         """As `rows`, of a model with or without an adapter."""
-        # Imported here because the `evaluate` package takes a second to import, and only scoring needs it.
+        # Imported here because the `evaluate` package takes seconds to import, and only scoring needs it.
         from tiedlora.tasks.task_metric import TaskMetric  # noqa: PLC0415
 
         asked = [self.encoder.scored(example) for example in examples]
